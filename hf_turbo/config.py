@@ -1,0 +1,80 @@
+"""What a user can choose: one field per feature."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+Choice = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class TurboConfig:
+    """Options of `enable()`, `session()`, `patch_model()` and `TurboCallback()`.
+
+    Every feature takes ``"auto"`` (on where it is understood and safe, with the reason in the report where it is not),
+    ``True`` (asked for by name: raises where it cannot be had) or ``False`` (leave stock).
+
+    Attributes:
+        norms: RMSNorm and LayerNorm modules run as one fused kernel each way.
+        mlp: the gated MLP's activation and product run as one kernel; its product is recomputed, not stored.
+        rope: rotary embedding of queries and keys in one kernel each way.
+        loss: the language-model head and the loss are computed together, never holding the logits: the causal-LM loss
+            of plain `Trainer` and the log-probabilities of the TRL trainers.
+        metrics: add `turbo/tokens_per_second`, `turbo/peak_memory_gib` and `turbo/mfu` to the Trainer's own logs.
+        report: print the table of what was patched at train begin and write `hf_turbo_report.json` to `output_dir`.
+
+    Raises:
+        TypeError: an unknown option; the message lists the valid ones.
+        ValueError: a value that is not one of the above.
+    """
+
+    norms: Choice = "auto"
+    mlp: Choice = "auto"
+    rope: Choice = "auto"
+    loss: Choice = "auto"
+    metrics: bool = True
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            valid = (True, False) if field.type == "bool" else (True, False, "auto")
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in valid):
+                raise ValueError(f"hf_turbo option {field.name}={value!r}: choose one of {', '.join(map(repr, valid))}")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> TurboConfig:
+        """Builds a config from keyword options, with a helpful error for an unknown one."""
+        valid = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in valid:
+                close = difflib.get_close_matches(name, valid, n=1)
+                hint = f" Did you mean {close[0]!r}?" if close else ""
+                raise TypeError(f"hf_turbo has no option {name!r}.{hint} Valid options: {', '.join(valid)}")
+        return cls(**options)
+
+    @classmethod
+    def from_env(cls, value: str | None) -> TurboConfig | None:
+        """Reads the environment variable HF_TURBO: a switch, or a JSON object of options.
+
+        Returns:
+            None where hf_turbo stays off (unset, empty, "0", "false", "off", "no").
+
+        Raises:
+            ValueError: neither a switch nor a JSON object. TypeError, ValueError: an unknown or impossible option.
+        """
+        text = (value or "").strip()
+        if text.lower() in {"", "0", "false", "off", "no"}:
+            return None
+        if text.lower() in {"1", "true", "on", "yes"}:
+            return cls()
+        try:
+            options = json.loads(text)
+        except json.JSONDecodeError:
+            options = None
+        if not isinstance(options, dict):
+            raise ValueError(f"HF_TURBO={value!r}: use 1, 0 or a JSON object such as '{{\"loss\": false}}'")
+        return cls.from_options(**options)

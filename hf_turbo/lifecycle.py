@@ -1,0 +1,352 @@
+"""The one live state: what is on, what was patched, how it is undone.
+
+`enable()` hooks the entry points of Trainer and Accelerate, now or when they are imported. A model is patched when it
+is met there. Patches are applied in order and reverted in reverse.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import TurboConfig
+from .reports import Report, Row
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_turbo.patches.engine import Finding, Patch
+    from hf_turbo.patches.imports import ImportHooks
+
+    from .metrics import MetricsCallback
+
+
+class _Activation:
+    """One span of time during which patches act, under one config: an enable(), or one train() of a TurboCallback."""
+
+    def __init__(self, config: TurboConfig, report: Report):
+        self.config, self.report = config, report
+        self._patches: list[Patch] = []
+        self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Trainers inside train(), each with the callback that counts its tokens.
+        self.training: dict[Any, MetricsCallback | None] = {}
+        report.options = asdict(config)
+
+    def start(self) -> None:
+        from hf_turbo.patches import engine
+
+        engine.switch(True)
+        self.report.live = True
+
+    def stop(self) -> None:
+        """The switch first: it holds even for references that were captured and cannot be restored."""
+        from hf_turbo.patches import engine
+
+        engine.switch(False)
+        self.report.live = False
+        _revert(self._patches, self.report)
+
+    def meet(self, model: nn.Module, trainer: Any = None) -> None:
+        """Patches a model (again, if it has grown modules since) and records its rows."""
+        from hf_turbo.patches import conflicts, head, mlp, norms, rope
+        from hf_turbo.patches import trainer as trainer_patches
+        from hf_turbo.patches import trl as trl_patches
+
+        conflict = conflicts.model_conflict(model)
+        loss_conflict = None
+        find_loss: Callable[[], Finding] = lambda: head.find(model)  # noqa: E731
+        if trainer is not None:
+            conflict = conflict or trainer_patches.model_conflict(trainer)
+            if trainer_patches.uses_fused_head(trainer):
+                find_loss = trl_patches.find
+            else:
+                loss_conflict = trainer_patches.loss_conflict(trainer)
+        roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
+            "norms": (lambda: norms.find(model), conflict),
+            "mlp": (lambda: mlp.find(model), conflict),
+            "rope": (lambda: rope.find(model), conflict),
+            "loss": (find_loss, conflict or loss_conflict),
+        }
+        name = _model_name(model)
+        rows = [self._apply(name, role, find(), reason) for role, (find, reason) in roles.items()]
+        self.report.models[id(model)] = rows
+        self._met.add(model)
+
+    def has_met(self, model: nn.Module) -> bool:
+        """Whether this model, or one that it wraps, was patched here already."""
+        return any(module in self._met for module in model.modules())
+
+    def _apply(self, model_name: str, role: str, finding: Finding, conflict: str | None) -> Row:
+        choice = getattr(self.config, role)
+        if choice is False:
+            conflict = f"switched off: {role}=False"
+        if conflict is None:
+            for patch in finding.patches:
+                patch.apply()
+                self._patches.append(patch)
+            reason = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in finding.reasons.items())
+            patched = finding.patched
+        else:
+            reason, patched = conflict, 0
+        if choice is True and patched == 0:
+            raise RuntimeError(
+                f"hf_turbo: {role}=True was asked for but cannot be had on {model_name}: "
+                f"{reason or 'the model has no such part'}. Use {role}='auto' to go on without it"
+            )
+        return Row(model_name, role, finding.found, patched, finding.kernel, finding.exactness.value, reason)
+
+
+class _State:
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.report = Report()
+        self.enabled: _Activation | None = None
+        self.scoped: list[_Activation] = []
+        self.entries: list[Patch] = []
+        self.imports: ImportHooks | None = None
+        self.report_at_exit = False
+
+    @property
+    def activations(self) -> list[_Activation]:
+        return [*([self.enabled] if self.enabled else []), *self.scoped]
+
+
+_STATE = _State()
+
+
+def enable(**options: Any) -> Report:
+    """Switches hf_turbo on for every Trainer, TRL trainer and Accelerate loop of this process.
+
+    Call it anywhere before `trainer.train()`, in any import order, before or after the model exists. Imports nothing
+    heavy. A second call returns the same report and changes nothing.
+
+    Args:
+        **options: see TurboConfig.
+
+    Returns:
+        The report, a live view: it fills as models are met.
+
+    Raises:
+        TypeError, ValueError: an unknown or impossible option.
+        RuntimeError: already on with other options; call `disable()` first.
+    """
+    config = TurboConfig.from_options(**options)
+    with _STATE.lock:
+        if _STATE.enabled is not None:
+            if options and config != _STATE.enabled.config:
+                raise RuntimeError(f"hf_turbo is on with {_STATE.enabled.config}; call hf_turbo.disable() first")
+            return _STATE.report
+        _STATE.report = Report()
+        _STATE.enabled = _Activation(config, _STATE.report)
+        _STATE.enabled.start()
+        _hook_entries()
+        _write_report_at_exit()
+        return _STATE.report
+
+
+def disable() -> None:
+    """Switches hf_turbo off and puts everything back: classes, registries, globals and methods, by identity.
+
+    Works at any time, during training too. What something else has replaced since is left alone, with a note in the
+    report; it is stock all the same, since every replacement looks at a switch that is off now.
+    """
+    with _STATE.lock:
+        for activation in reversed(_STATE.activations):
+            activation.stop()
+        _STATE.enabled = None
+        _STATE.scoped.clear()
+        _revert(_STATE.entries, _STATE.report)
+        if _STATE.imports is not None:
+            _STATE.imports.clear()
+            _STATE.imports = None
+
+
+@contextmanager
+def session(**options: Any) -> Iterator[Report]:
+    """`enable()` for the length of a `with` block; inside an enabled process it changes nothing."""
+    with _STATE.lock:
+        outer = _STATE.enabled is not None
+        report_ = enable(**options)
+    try:
+        yield report_
+    finally:
+        if not outer:
+            disable()
+
+
+def patch_model(model: nn.Module, **options: Any) -> Report:
+    """Patches one model now, for loops that use neither Trainer nor Accelerator; switches hf_turbo on if it is off.
+
+    Args:
+        model: any module; the parts that are understood are patched.
+        **options: see TurboConfig; must agree with the options of an earlier `enable()`.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: `model` is no module.
+        RuntimeError: a feature asked for by name cannot be had on this model.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"patch_model needs a torch.nn.Module, got {type(model).__name__}")
+    with _STATE.lock:
+        report_ = enable(**options)
+        assert _STATE.enabled is not None
+        _STATE.enabled.meet(model)
+        return report_
+
+
+def report() -> Report:
+    """The report of the present or the last activation."""
+    return _STATE.report
+
+
+def hook_trainer() -> None:
+    """Hooks the entry points without switching anything on: what making a TurboCallback does."""
+    with _STATE.lock:
+        _hook_entries()
+
+
+def _hook_entries() -> None:
+    from hf_turbo.patches import accelerate as accelerate_patches
+    from hf_turbo.patches import trainer as trainer_patches
+    from hf_turbo.patches.imports import ImportHooks
+
+    if _STATE.imports is not None:
+        return
+    _STATE.imports = ImportHooks()
+
+    def hook(patches: list[Patch]) -> None:
+        for patch in patches:
+            patch.apply()
+            _STATE.entries.append(patch)
+
+    def hook_trainer_class() -> None:
+        cls = _loaded(trainer_patches.MODULE).Trainer
+        hook(trainer_patches.entry_patches(cls, _around_train, _model_made, _batches_fetched))
+
+    def hook_accelerator_class() -> None:
+        hook(accelerate_patches.entry_patches(_loaded(accelerate_patches.MODULE).Accelerator, _model_prepared))
+
+    _STATE.imports.when_imported(trainer_patches.MODULE, hook_trainer_class)
+    _STATE.imports.when_imported(accelerate_patches.MODULE, hook_accelerator_class)
+
+
+def _activation_for(trainer: Any) -> tuple[_Activation | None, bool]:
+    """The activation a trainer runs under, and whether it is its own (to be stopped after training)."""
+    from .callback import TurboCallback
+
+    with _STATE.lock:
+        if _STATE.enabled is not None:
+            return _STATE.enabled, False
+        callback = next((c for c in trainer.callback_handler.callbacks if isinstance(c, TurboCallback)), None)
+        if callback is None:
+            return None, False
+        _STATE.report = Report()
+        scoped = _Activation(callback.config, _STATE.report)
+        _STATE.scoped.append(scoped)
+        scoped.start()
+        _write_report_at_exit()
+        return scoped, True
+
+
+@contextmanager
+def _around_train(trainer: Any) -> Iterator[None]:
+    """What `Trainer.train` runs in."""
+    activation, own = _activation_for(trainer)
+    if activation is None:
+        yield
+        return
+    meter = _make_meter(trainer) if activation.config.metrics else None
+    activation.training[trainer] = meter
+    try:
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
+            if model is not None:
+                activation.meet(model, trainer)
+        if activation.config.report:
+            _show(trainer, activation.report)
+        yield
+    finally:
+        activation.training.pop(trainer, None)
+        if meter is not None and meter in trainer.callback_handler.callbacks:
+            trainer.callback_handler.callbacks.remove(meter)
+        with _STATE.lock:
+            if own and activation in _STATE.scoped:
+                _STATE.scoped.remove(activation)
+                activation.stop()
+
+
+def _make_meter(trainer: Any) -> MetricsCallback:
+    """The callback that adds turbo/* figures to the logs. First of all callbacks, so that reporters see them."""
+    from .metrics import MetricsCallback
+
+    meter = MetricsCallback(trainer.model, trainer.args.device)
+    trainer.callback_handler.callbacks.insert(0, meter)
+    return meter
+
+
+def _model_made(trainer: Any, model: nn.Module) -> None:
+    """`train()` has replaced its model by one that `model_init` returned; in `__init__` it is too early to judge."""
+    for activation in _STATE.activations:
+        if trainer in activation.training:
+            activation.meet(model, trainer)
+
+
+def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
+    for activation in _STATE.activations:
+        meter = activation.training.get(trainer)
+        if meter is not None:
+            meter.count(batches)
+
+
+def _model_prepared(model: nn.Module) -> None:
+    activation = _STATE.enabled
+    if activation is not None and not activation.has_met(model):
+        activation.meet(model)
+
+
+def _show(trainer: Any, report_: Report) -> None:
+    """Prints the table and writes the file, on the main process."""
+    if not trainer.is_world_process_zero():
+        return
+    from rich.console import Console
+
+    Console(stderr=True).print(report_)
+    if trainer.args.output_dir:
+        report_.write(Path(trainer.args.output_dir) / "hf_turbo_report.json")
+
+
+def _write_report_at_exit() -> None:
+    """With HF_TURBO_REPORT=PATH, the main process leaves the report there when it ends: for loops without a Trainer."""
+    path = os.environ.get("HF_TURBO_REPORT")
+    if path and os.environ.get("RANK", "0") == "0" and not _STATE.report_at_exit:
+        _STATE.report_at_exit = True
+        atexit.register(lambda: _STATE.report.write(Path(path)))
+
+
+def _revert(patches: list[Patch], report_: Report) -> None:
+    """Reverts in reverse order and empties the list."""
+    while patches:
+        patch = patches.pop()
+        if not patch.revert():
+            report_.notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
+
+
+def _model_name(model: nn.Module) -> str:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return type(inner).__name__
+
+
+def _loaded(name: str) -> Any:
+    return sys.modules[name]

@@ -1,0 +1,120 @@
+"""How every op in this folder is registered with torch and launched.
+
+An op is a torch custom op, so that torch.compile and selective checkpointing see one node, with one implementation for
+all devices: it asks `use_triton` and either launches its Triton kernel or computes its torch reference. The low-level
+`torch.library.Library` is used rather than the `custom_op` decorator because the latter costs several times as much
+host time per call.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+_LIBRARY = torch.library.Library("hf_turbo", "DEF")
+
+# With TRITON_INTERPRET=1 Triton runs kernels in Python on CPU tensors: how the kernels are tested without a GPU.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines `hf_turbo::<schema>` and returns the callable that goes through the dispatcher.
+
+    Args:
+        schema: torch schema string, e.g. ``"scale(Tensor x, float factor) -> Tensor"``.
+        implementation: runs on real tensors of any device; it must not return one of its inputs.
+        fake: returns empty outputs of the right shapes, dtypes and strides, for tracing.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"hf_turbo::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.hf_turbo, name).default
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether ops on `tensor` launch Triton; otherwise they compute the torch reference.
+
+    float64 takes the reference: kernels compute in float32, and nobody trains in float64 for speed.
+    """
+    on_device = tensor.is_cuda or (INTERPRET and tensor.device.type == "cpu")
+    return on_device and tensor.dtype != torch.float64
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+    """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device)."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Number of streaming multiprocessors; a small constant for the interpreter."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4
+
+
+class Rows(NamedTuple):
+    """How the rows `x[..., :]` lie in memory, taken in memory order: row r starts at element
+    `r // inner * outer_stride + r % inner * inner_stride`. Two strides describe every view that transformers makes of a
+    projection: slices of a packed one, heads of it, and their transposes.
+    """
+
+    order: tuple[int, ...]  # the leading dimensions, outermost in memory first
+    split: int  # order[:split] make the outer count, order[split:] the inner one
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(x: torch.Tensor) -> Rows | None:
+    """The row layout of `x`, or None where two strides do not describe it (take `x.contiguous()` then)."""
+    leading = x.ndim - 1
+    if x.is_contiguous():
+        return Rows(tuple(range(leading)), leading, 1, x.shape[-1], 0)
+    shape, strides = x.shape, x.stride()
+    if strides[-1] != 1 and shape[-1] > 1:
+        return None
+    order = tuple(sorted(range(leading), key=lambda dim: -strides[dim]))
+    for split in range(leading, -1, -1):
+        outer = _one_stride(shape, strides, order[:split])
+        inner = _one_stride(shape, strides, order[split:])
+        # Stride 0 is an expanded tensor, whose `empty_like` is in another order.
+        if outer is None or inner is None or 0 in (outer[1], inner[1]):
+            continue
+        if inner[0] == 1:
+            return Rows(order, split, 1, outer[1], 0)
+        return Rows(order, split, inner[0], outer[1], inner[1])
+    return None
+
+
+def in_rows(tensor: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, int, int]:
+    """`tensor`, copied only if it cannot be walked in the order of `rows`, and its outer and inner strides."""
+    shape, strides = tensor.shape, tensor.stride()
+    if strides[-1] == 1 or shape[-1] <= 1:
+        outer = _one_stride(shape, strides, rows.order[: rows.split])
+        inner = _one_stride(shape, strides, rows.order[rows.split :])
+        if outer is not None and inner is not None:
+            return tensor, outer[1], inner[1]
+    dense = torch.empty_permuted(shape, (*rows.order, len(rows.order)), dtype=tensor.dtype, device=tensor.device)
+    return dense.copy_(tensor), rows.inner * shape[-1], shape[-1]
+
+
+def _one_stride(shape: Any, strides: Any, dims: tuple[int, ...]) -> tuple[int, int] | None:
+    """Count and stride of `dims` walked as one dimension, or None if they cannot be; (1, 1) for a single row."""
+    count, stride = 1, 1
+    for dim in reversed(dims):
+        if shape[dim] == 1:
+            continue
+        if count == 1:
+            stride = strides[dim]
+        elif strides[dim] != count * stride:
+            return None
+        count *= shape[dim]
+    return count, stride

@@ -1,0 +1,631 @@
+"""Language-model head and loss in one op that never holds the logits of more than one chunk of rows.
+
+    y = hidden @ weight^T + bias                       [N, V]
+    z = softcap * tanh(logit_scale * y / softcap) / temperature      (without softcap: logit_scale * y / temperature)
+    log_prob_i = z[i, target_i] - logsumexp(z[i])
+    loss = -sum_i log_prob_i / num_items               (num_items: given, or the number of labels that count)
+
+Shapes: hidden [..., H]; weight [V, H]; bias [V]; labels, targets [...] int64. Statistics, sums and loss are fp32.
+
+Method: rows whose label is `ignore_index` are dropped, the rest run in chunks of a few thousand rows, so that the GEMMs
+keep their speed. A chunk's logits are turned in place into the gradient of its log-probabilities, in forward, and both
+gradient GEMMs follow at once; backward only scales. A frozen head costs no weight gradient. Gradients accumulate in
+fp32 over chunks and are rounded once. Where the upstream gradient differs by row and the head is trained (preference
+and policy losses), or the entropy is differentiated, backward computes each chunk's logits again.
+
+Floor: 2*N*V*H FLOP per GEMM: 4*N*V*H frozen (logits, d_hidden), 6*N*V*H trained (and d_weight); memory traffic of the
+logits chunk 4*N*V*itemsize. Extra memory: one chunk of logits, d_hidden and d_weight in fp32.
+
+Errors: IndexError for a label outside [0, V) that is not `ignore_index`; TypeError for dtypes that F.linear would
+refuse; ValueError for shapes that do not match.
+
+Source: d log_prob_t / d z_j = [j = t] - p_j and d entropy / d z_j = -p_j * (log p_j + entropy), from the softmax.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch, register_op, use_triton
+
+# Bytes of logits held at a time. On an H200 the GEMMs of a 2,048-row chunk of a 128k vocabulary run at full speed.
+_CHUNK_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
+
+# Optional per-row outputs, in the order of the rows of the statistics tensor after log_prob and logsumexp.
+OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class LogitTransform(NamedTuple):
+    """z = softcap * tanh(logit_scale * y / softcap) * inv_temperature; softcap 0 means none."""
+
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+    inv_temperature: float = 1.0
+
+
+# ------------------------------------------------------------------------------------------------ torch reference
+
+
+def _transform(y: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor | float]:
+    """Returns z and dz/dy of fp32 (or fp64) projections."""
+    scale, softcap, inv_temperature = transform
+    if softcap:
+        tanh = torch.tanh(y * (scale / softcap))
+        return tanh * (softcap * inv_temperature), (1 - tanh * tanh) * (scale * inv_temperature)
+    return y * (scale * inv_temperature), scale * inv_temperature
+
+
+def _statistics_reference(
+    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad_scale: float
+) -> torch.Tensor:
+    z, slope = _transform(logits.to(_accumulate_dtype(logits.dtype)), transform)
+    rows = torch.arange(len(targets), device=targets.device)
+    lse = torch.logsumexp(z, -1)
+    target_z = z[rows, targets]
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    entropy = lse - torch.where(p > 0, p * z, p).sum(-1)
+    is_top1 = z.argmax(-1) == targets
+    stats = torch.stack(
+        [target_z - lse, lse, entropy, torch.log((p * p).sum(-1)), z.mean(-1), is_top1.to(z.dtype)],
+    )
+    if grad_scale:
+        p.neg_()
+        p[rows, targets] += 1
+        logits.copy_(p * slope * grad_scale)
+    return stats
+
+
+def _gradient_reference(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_log_prob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    transform: LogitTransform,
+) -> None:
+    z, slope = _transform(logits.to(lse.dtype), transform)
+    log_p = z - lse[:, None]
+    p = log_p.exp()
+    grad = -p * grad_log_prob[:, None]
+    grad[torch.arange(len(targets), device=targets.device), targets] += grad_log_prob
+    if grad_entropy is not None:
+        grad -= torch.where(p > 0, p * (log_p + entropy[:, None]), p) * grad_entropy[:, None]
+    logits.copy_(grad * slope)
+
+
+# ------------------------------------------------------------------------------------------------ Triton kernels
+
+
+@triton.jit
+def _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """z and dz/dy of one block."""
+    y = y * logit_scale
+    if HAS_SOFTCAP:
+        tanh = 2.0 * tl.sigmoid(2.0 * y / softcap) - 1.0
+        z = tanh * softcap * inv_temperature
+        slope = (1.0 - tanh * tanh) * (logit_scale * inv_temperature)
+    else:
+        z = y * inv_temperature
+        slope = tl.zeros_like(y) + logit_scale * inv_temperature
+    return z, slope
+
+
+@triton.jit
+def _statistics_kernel(
+    logits_ptr,
+    logits_stride,
+    targets_ptr,
+    stats_ptr,
+    n_rows,
+    n_cols,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    grad_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    EXTRAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # One program per row. The second pass finds the row in L2: 132 rows of 256 KB fit in the 60 MB of an H200.
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    target = tl.load(targets_ptr + row)
+    m = -float("inf")
+    s = 0.0
+    zs = 0.0
+    ps = 0.0
+    sq = 0.0
+    before = -float("inf")
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        mask = cols < n_cols
+        y = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+        z, _ = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        masked = tl.where(mask, z, -float("inf"))
+        new_m = tl.maximum(m, tl.max(masked, axis=0))
+        # A block of -inf alone must not make (-inf) - (-inf).
+        safe_m = tl.where(new_m == -float("inf"), 0.0, new_m)
+        rescale = tl.exp(m - safe_m)
+        e = tl.exp(masked - safe_m)
+        s = s * rescale + tl.sum(e, axis=0)
+        if EXTRAS:
+            zs += tl.sum(tl.where(mask, z, 0.0), axis=0)
+            ps = ps * rescale + tl.sum(tl.where(masked == -float("inf"), 0.0, e * z), axis=0)
+            sq = sq * rescale * rescale + tl.sum(e * e, axis=0)
+            # `argmax` returns the first maximum: a tie with an earlier token is not a top-1 prediction.
+            before = tl.maximum(before, tl.max(tl.where(cols < target, masked, -float("inf")), axis=0))
+        m = new_m
+    lse = tl.where(m == -float("inf"), 0.0, m) + tl.log(s)
+    y_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < n_cols), other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        y_target = (2.0 * tl.sigmoid(2.0 * y_target * logit_scale / softcap) - 1.0) * softcap
+    else:
+        y_target = y_target * logit_scale
+    z_target = y_target * inv_temperature
+    tl.store(stats_ptr + row, z_target - lse)
+    tl.store(stats_ptr + n_rows + row, lse)
+    if EXTRAS:
+        tl.store(stats_ptr + 2 * n_rows + row, lse - ps / s)
+        tl.store(stats_ptr + 3 * n_rows + row, tl.log(sq) - 2.0 * tl.log(s))
+        tl.store(stats_ptr + 4 * n_rows + row, zs / n_cols)
+        is_top1 = (z_target >= m) & (z_target > before)
+        tl.store(stats_ptr + 5 * n_rows + row, is_top1.to(tl.float32))
+    if HAS_GRAD:
+        # Every thread must have read the target's logit before any overwrites it.
+        tl.debug_barrier()
+        for start in range(0, n_cols, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            mask = cols < n_cols
+            y = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
+            z, slope = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+            grad = tl.where(cols == target, 1.0, 0.0) - tl.exp(z - lse)
+            grad = grad * slope * grad_scale
+            tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gradient_kernel(
+    logits_ptr,
+    logits_stride,
+    targets_ptr,
+    lse_ptr,
+    entropy_ptr,
+    grad_log_prob_ptr,
+    grad_entropy_ptr,
+    n_cols,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    ptrs = logits_ptr + row * logits_stride + cols
+    y = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    z, slope = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    log_p = z - tl.load(lse_ptr + row)
+    p = tl.exp(log_p)
+    grad = (tl.where(cols == tl.load(targets_ptr + row), 1.0, 0.0) - p) * tl.load(grad_log_prob_ptr + row)
+    if HAS_ENTROPY_GRAD:
+        surprise = tl.where(z == -float("inf"), 0.0, p * (log_p + tl.load(entropy_ptr + row)))
+        grad -= surprise * tl.load(grad_entropy_ptr + row)
+    tl.store(ptrs, (grad * slope).to(logits_ptr.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------ ops
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _block(n_cols: int) -> tuple[int, int]:
+    """Columns per step and warps: 16 two-byte elements a thread keep two rows per SM in flight on an H200."""
+    block = min(8192, triton.next_power_of_2(max(n_cols, 16)))
+    return block, max(1, min(16, block // 512))
+
+
+def _statistics_impl(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    logit_scale: float,
+    softcap: float,
+    inv_temperature: float,
+    grad_scale: float,
+    extras: bool,
+) -> torch.Tensor:
+    transform = LogitTransform(logit_scale, softcap, inv_temperature)
+    if not use_triton(logits) or logits.dtype == torch.float64:
+        return _statistics_reference(logits, targets, transform, grad_scale)
+    n_rows, n_cols = logits.shape
+    stats = logits.new_empty((6, n_rows), dtype=torch.float32)
+    block, warps = _block(n_cols)
+    launch(
+        _statistics_kernel,
+        (n_rows,),
+        logits.device,
+        logits,
+        logits.stride(0),
+        targets,
+        stats,
+        n_rows,
+        n_cols,
+        logit_scale,
+        softcap,
+        inv_temperature,
+        grad_scale,
+        HAS_SOFTCAP=softcap != 0.0,
+        HAS_GRAD=grad_scale != 0.0,
+        EXTRAS=extras,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return stats
+
+
+def _statistics_fake(logits: torch.Tensor, targets: torch.Tensor, *_: Any) -> torch.Tensor:
+    return logits.new_empty((6, logits.shape[0]), dtype=_accumulate_dtype(logits.dtype))
+
+
+_statistics = register_op(
+    "head_statistics_(Tensor(a!) logits, Tensor targets, float logit_scale, float softcap, float inv_temperature,"
+    " float grad_scale, bool extras) -> Tensor",
+    _statistics_impl,
+    _statistics_fake,
+)
+
+
+def _gradient_impl(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    grad_log_prob: torch.Tensor,
+    grad_entropy: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float,
+    inv_temperature: float,
+) -> None:
+    transform = LogitTransform(logit_scale, softcap, inv_temperature)
+    if not use_triton(logits) or logits.dtype == torch.float64:
+        _gradient_reference(logits, targets, lse, entropy, grad_log_prob, grad_entropy, transform)
+        return
+    n_rows, n_cols = logits.shape
+    block, warps = _block(n_cols)
+    launch(
+        _gradient_kernel,
+        (n_rows, triton.cdiv(n_cols, block)),
+        logits.device,
+        logits,
+        logits.stride(0),
+        targets,
+        lse,
+        entropy,
+        grad_log_prob,
+        grad_log_prob if grad_entropy is None else grad_entropy,
+        n_cols,
+        logit_scale,
+        softcap,
+        inv_temperature,
+        HAS_SOFTCAP=softcap != 0.0,
+        HAS_ENTROPY_GRAD=grad_entropy is not None,
+        BLOCK=block,
+        num_warps=warps,
+    )
+
+
+_gradient = register_op(
+    "head_gradient_(Tensor(a!) logits, Tensor targets, Tensor lse, Tensor entropy, Tensor grad_log_prob,"
+    " Tensor? grad_entropy, float logit_scale, float softcap, float inv_temperature) -> ()",
+    _gradient_impl,
+    lambda *_: None,
+)
+
+
+# ------------------------------------------------------------------------------------------------ GEMMs and chunks
+
+
+def _chunks(n_rows: int, n_cols: int, itemsize: int, device: torch.device) -> list[slice]:
+    """Equal slices of the rows whose logits fit the chunk budget; multiples of 128 rows keep GEMM tiles whole."""
+    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cpu"])
+    most = max(256, budget // max(1, n_cols * itemsize))
+    count = -(-n_rows // most)
+    rows = n_rows if count <= 1 else -(-n_rows // (count * 128)) * 128
+    return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, max(rows, 1))]
+
+
+def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in fp32 without rounding the product to the inputs' dtype: rounding each chunk's product biases a
+    sum over chunks. `total` None starts a sum (no zeros to write and read back)."""
+    low_precision = a.dtype in (torch.bfloat16, torch.float16)
+    if low_precision and a.device.type == "cuda":
+        if total is None:
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if low_precision:
+        a, b = a.float(), b.float()
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+
+
+class _Head:
+    """The operands of one call in the dtype of the GEMMs; a large fp32 weight is cast once, not once per chunk."""
+
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
+        self.hidden = hidden.to(dtype)
+        self.weight = weight.to(dtype)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.chunks = _chunks(hidden.shape[0], weight.shape[0], self.hidden.element_size(), hidden.device)
+        rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
+        self._buffer = self.hidden.new_empty((rows, weight.shape[0]))
+
+    def logits(self, chunk: slice) -> torch.Tensor:
+        """[rows of the chunk, V], in a buffer that the next call overwrites."""
+        out = self._buffer[: chunk.stop - chunk.start]
+        if self.bias is None:
+            return torch.mm(self.hidden[chunk], self.weight.t(), out=out)
+        return torch.addmm(self.bias, self.hidden[chunk], self.weight.t(), out=out)
+
+
+class _Gradients:
+    """fp32 sums of the gradients of hidden, weight and bias over chunks; only those that are needed."""
+
+    def __init__(self, head: _Head, needs: tuple[bool, bool, bool]):
+        self._head = head
+        self._needs = needs
+        accumulate = _accumulate_dtype(head.hidden.dtype)
+        self.hidden = head.hidden.new_empty(head.hidden.shape, dtype=accumulate) if needs[0] else None
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    def add(self, chunk: slice, grad_logits: torch.Tensor) -> None:
+        if self.hidden is not None:
+            self.hidden[chunk] = _accumulate(None, grad_logits, self._head.weight)
+        if self._needs[1]:
+            self.weight = _accumulate(self.weight, grad_logits.t(), self._head.hidden[chunk])
+        if self._needs[2]:
+            total = grad_logits.sum(0, dtype=_accumulate_dtype(grad_logits.dtype))
+            self.bias = total if self.bias is None else self.bias.add_(total)
+
+
+# ------------------------------------------------------------------------------------------------ autograd
+
+
+class _SelectRows(torch.autograd.Function):
+    """rows[index] for unique indices: backward is a copy, where index_select's adds one element at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(index)
+        ctx.n_rows = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (index,) = ctx.saved_tensors
+        return grad.new_zeros((ctx.n_rows, *grad.shape[1:])).index_copy_(0, index, grad), None
+
+
+class _LinearLogProb(torch.autograd.Function):
+    """Per-row log-probabilities of the targets, and the optional statistics.
+
+    `ahead`: compute the gradients in forward for an upstream gradient of one per row. Exact for a frozen head whatever
+    the upstream gradient (d log_prob_i / d hidden_i is its own row); for a trained head it needs one upstream value
+    shared by all rows. `uniform` promises that; otherwise backward looks, and computes again where it does not hold.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        transform: LogitTransform,
+        outputs: tuple[str, ...],
+        ahead: bool,
+        uniform: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        ctx.set_materialize_grads(False)
+        device_type = hidden.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
+        needs = ctx.needs_input_grad[:3]
+        ahead = any(needs) and (ahead or not (needs[1] or needs[2]))
+        # fp16 cannot hold the small probabilities of a large vocabulary; a power of two is exact to undo.
+        grad_scale = 0.0 if not ahead else 1024.0 if dtype == torch.float16 else 1.0
+        with torch.autocast(device_type, enabled=False):
+            head = _Head(hidden, weight, bias, dtype)
+            gradients = _Gradients(head, needs) if ahead else None
+            stats = head.hidden.new_empty((6, hidden.shape[0]), dtype=_accumulate_dtype(dtype))
+            for chunk in head.chunks:
+                logits = head.logits(chunk)
+                stats[:, chunk] = _statistics(logits, targets[chunk], *transform, grad_scale, bool(outputs))
+                if gradients is not None:
+                    gradients.add(chunk, logits)
+        log_prob, lse, entropy, log_sum_sq_probs, mean_logits, is_top1 = stats.clone().unbind()
+        ctx.save_for_backward(
+            hidden, weight, bias, targets, lse, entropy, gradients.hidden if gradients is not None else None
+        )
+        ctx.sums = None if gradients is None else (gradients.weight, gradients.bias)
+        ctx.dtype, ctx.transform, ctx.grad_scale, ctx.uniform = dtype, transform, grad_scale, uniform
+        values = {
+            "entropy": entropy,
+            "log_sum_sq_probs": log_sum_sq_probs,
+            "mean_logits": mean_logits,
+            "is_top1": is_top1 > 0,
+        }
+        extras = tuple(values[name] if name in outputs else None for name in OPTIONAL_OUTPUTS)
+        ctx.mark_non_differentiable(*(extra for extra in extras[1:] if extra is not None))
+        return log_prob, *extras
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
+    ) -> tuple[torch.Tensor | None, ...]:
+        nothing = (None,) * 8
+        if grad_log_prob is None and grad_entropy is None:
+            return nothing
+        hidden, weight, bias, targets, lse, entropy, grad_hidden = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        # The weight's sum is large, so it is scaled in place and handed out; a second backward computes it again.
+        sums, ctx.sums = ctx.sums, None
+        if sums is not None and grad_entropy is None and _usable(ctx.uniform, needs, sums, grad_log_prob):
+            assert grad_log_prob is not None
+            upstream = grad_log_prob.to(lse.dtype) * (1.0 / ctx.grad_scale)
+            shared = upstream[:1].squeeze(0) if len(upstream) else upstream.new_zeros(())
+            return (
+                (grad_hidden * upstream[:, None]).to(hidden.dtype) if needs[0] else None,
+                _scaled(sums[0], shared, weight) if needs[1] else None,
+                _scaled(sums[1], shared, bias) if needs[2] else None,
+                *nothing[3:],
+            )
+        if grad_log_prob is None:
+            grad_log_prob = torch.zeros_like(lse)
+        grad_log_prob = grad_log_prob.to(lse.dtype).contiguous()
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy.to(lse.dtype).contiguous()
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = _Head(hidden, weight, bias, ctx.dtype)
+            gradients = _Gradients(head, needs)
+            for chunk in head.chunks:
+                logits = head.logits(chunk)
+                row_entropy_grad = None if grad_entropy is None else grad_entropy[chunk]
+                _gradient(
+                    logits,
+                    targets[chunk],
+                    lse[chunk],
+                    entropy[chunk],
+                    grad_log_prob[chunk],
+                    row_entropy_grad,
+                    *ctx.transform,
+                )
+                gradients.add(chunk, logits)
+        one = lse.new_ones(())
+        return (
+            gradients.hidden.to(hidden.dtype) if gradients.hidden is not None else None,
+            _scaled(gradients.weight, one, weight) if needs[1] else None,
+            _scaled(gradients.bias, one, bias) if needs[2] else None,
+            *nothing[3:],
+        )
+
+
+def _usable(
+    uniform: bool, needs: tuple[bool, ...], sums: tuple[torch.Tensor | None, ...], upstream: torch.Tensor | None
+) -> bool:
+    """Whether gradients computed in forward serve this upstream gradient. Looking at its values waits for the device,
+    once per step, which is far cheaper than the weight GEMM it saves."""
+    if not (needs[1] or needs[2]) or uniform:
+        return True
+    return upstream is not None and (len(upstream) == 0 or bool((upstream == upstream[0]).all()))
+
+
+def _scaled(total: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """total * factor in the dtype of `like`, in one pass; no rows at all give zeros."""
+    if total is None:
+        return torch.zeros_like(like)
+    out = total if total.dtype == like.dtype else torch.empty_like(like)
+    return torch.mul(total, factor, out=out)
+
+
+def _check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} does not match weight {tuple(weight.shape)}: need [..., H], [V, H]"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)}, weight {tuple(weight.shape)}: need [V] and [V, H]")
+    if not torch.is_autocast_enabled(hidden.device.type):
+        dtypes = {hidden.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
+        if len(dtypes) > 1:
+            raise TypeError(f"hidden, weight and bias differ in dtype ({dtypes}): cast them, or run under autocast")
+
+
+# ------------------------------------------------------------------------------------------------ public
+
+
+def linear_log_prob(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    transform: LogitTransform | None = None,
+    outputs: tuple[str, ...] = (),
+    expect_uniform: bool = False,
+) -> tuple[torch.Tensor | None, ...]:
+    """Log-probability of each target under the head, without the logits.
+
+    Args:
+        hidden: [N, H]. weight: [V, H]. bias: [V] or None. Under autocast the GEMMs run in the autocast dtype.
+        targets: [N] int64 in [0, V); not checked.
+        transform: logit scale, softcap and temperature.
+        outputs: which of OPTIONAL_OUTPUTS to compute. Entropy (nats) is differentiable, the others are not.
+        expect_uniform: the loss will weight every row alike (a plain mean), so compute a trained head's gradient in
+            forward and save a GEMM. Right whatever the loss does: backward looks, and computes again if it must.
+
+    Returns:
+        (log_prob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] fp32 (is_top1 bool), None where not asked.
+    """
+    _check_operands(hidden, weight, bias)
+    return _LinearLogProb.apply(
+        hidden, weight, bias, targets, transform or LogitTransform(), outputs, expect_uniform, False
+    )
+
+
+@torch.compiler.disable  # the number of labelled rows is data: one graph break, before the head
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    num_items: torch.Tensor | float | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Cross-entropy of the labels under the head, without the logits.
+
+    Args:
+        hidden: [..., H] hidden states, already aligned with the labels (shifted by the caller).
+        weight: [V, H]. bias: [V] or None. Under autocast the GEMMs run in the autocast dtype.
+        labels: [...] int64; rows labelled `ignore_index` cost nothing.
+        num_items: denominator of the summed loss, e.g. the labels of the whole optimizer step; None: the labels here.
+        logit_scale: multiplies the projection. softcap: tanh cap applied after it (Gemma 2).
+
+    Returns:
+        fp32 scalar. As in torch, nan where there is nothing to average (0 / 0); gradients are then zero.
+
+    Raises:
+        IndexError: a label outside [0, V). TypeError, ValueError: see the module.
+    """
+    _check_operands(hidden, weight, bias)
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} do not match hidden {tuple(hidden.shape)}: need [...], [..., H]"
+        )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    labels = labels.reshape(-1)
+    counted = labels != ignore_index
+    wrong = (counted & ((labels < 0) | (labels >= weight.shape[0]))).any()
+    index = counted.nonzero().squeeze(-1)
+    if bool(wrong):
+        raise IndexError(
+            f"a label lies outside the vocabulary: labels must be {ignore_index} or in [0, {weight.shape[0]}). "
+            "Check the tokenizer against the model's vocabulary size"
+        )
+    transform = LogitTransform(logit_scale, softcap or 0.0, 1.0)
+    log_prob, *_ = _LinearLogProb.apply(
+        _SelectRows.apply(rows, index), weight, bias, labels.index_select(0, index), transform, (), True, True
+    )
+    return -log_prob.sum() / (len(index) if num_items is None else num_items)

@@ -1,0 +1,221 @@
+"""The mechanism of patching: what a patch is, how it is applied, guarded and undone. Knows nothing of any host.
+
+Rules, each with a test (tests/patches/test_engine.py):
+
+* Modules are never replaced, renamed or given an instance `forward`: their `__class__` is swapped for a subclass that
+  keeps `__name__`, `__qualname__` and `__module__`. Checkpointing, output recorders and FSDP wrap policies, which look
+  at classes and their names, see no difference. Pickles and copies of such a module are of the stock class.
+* Every replacement asks `is_live()` first, so that it is stock again the moment patches are switched off, even where a
+  reference to it was captured (autocast wrappers, FSDP classes).
+* A patch restores only what is provably still its own.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+import weakref
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Exactness(str, Enum):
+    """What a patch promises about its numbers; see the table in the README."""
+
+    EXACT = "exact"
+    REASSOCIATED = "re-associated"
+    REDRAWN = "re-drawn"
+    APPROXIMATE = "approximate"
+
+
+class _Switch:
+    """Whether replacements act. One per process: counts nested activations (enable(), a callback's train())."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+
+
+_SWITCH = _Switch()
+
+
+def is_live() -> bool:
+    """Whether replacements act at present; each asks before anything else."""
+    return _SWITCH.depth > 0
+
+
+def switch(on: bool) -> None:
+    """Nests: replacements act while `switch(True)` has been called more often than `switch(False)`."""
+    _SWITCH.depth += 1 if on else -1
+
+
+class Patch(ABC):
+    """One change to one object that is not ours."""
+
+    id: str
+
+    @abstractmethod
+    def apply(self) -> None: ...
+
+    @abstractmethod
+    def revert(self) -> bool:
+        """Restores what `apply` changed. False where the object was changed again since and is left as it is."""
+
+
+class AttributePatch(Patch):
+    """Replaces an attribute of a class, module or other object, or an entry of a dict (a function's globals)."""
+
+    def __init__(self, id: str, owner: Any, name: str, replacement: Any):
+        self.id, self._owner, self._name, self._replacement = id, owner, name, replacement
+        self._original: Any = None
+
+    def apply(self) -> None:
+        self._original = self._get()
+        self._set(self._replacement)
+
+    def revert(self) -> bool:
+        if self._get() is not self._replacement:
+            return False
+        self._set(self._original)
+        return True
+
+    def _get(self) -> Any:
+        # Not getattr: on a class it would unwrap static methods and find inherited attributes.
+        return (self._owner if isinstance(self._owner, dict) else vars(self._owner))[self._name]
+
+    def _set(self, value: Any) -> None:
+        if isinstance(self._owner, dict):
+            self._owner[self._name] = value
+        else:
+            setattr(self._owner, self._name, value)
+
+
+class ClassSwap(Patch):
+    """Swaps a module's class for a same-name subclass made by `same_name_subclass`."""
+
+    def __init__(self, id: str, module: nn.Module, subclass: type):
+        # A weak reference: a patch must not keep a model alive that its user has dropped.
+        self.id, self._module, self._subclass = id, weakref.ref(module), subclass
+
+    def apply(self) -> None:
+        module = self._module()
+        if module is not None:
+            module.__class__ = self._subclass
+
+    def revert(self) -> bool:
+        module = self._module()
+        if module is None:
+            return True
+        # FSDP makes a class of its own out of ours; then the switch alone turns the replacement off.
+        if type(module) is not self._subclass:
+            return False
+        module.__class__ = self._subclass.__mro__[1]
+        return True
+
+
+def look_like(replacement: Any, stock: Any) -> None:
+    """Gives a replacement the name, documentation and signature of what it replaces; hosts read signatures.
+
+    Not functools.wraps: accelerate unwinds every `__wrapped__` and would drop the replacement.
+    """
+    replacement.__signature__ = inspect.signature(stock)
+    for attribute in ("__name__", "__qualname__", "__doc__", "__module__"):
+        setattr(replacement, attribute, getattr(stock, attribute))
+
+
+MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@functools.cache
+def same_name_subclass(base: type, make_forward: MakeForward) -> type:
+    """A subclass of `base` that differs in `forward` alone.
+
+    Args:
+        base: the stock class of a module.
+        make_forward: takes the stock (unbound) forward, returns the replacement, which falls back to it.
+    """
+    stock = base.forward
+    forward = make_forward(stock)
+    look_like(forward, stock)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # Pickles and copies name the stock class: ours cannot be found by name, and must not be saved. Not
+        # copyreg.__newobj__, for which pickle insists on the object's own class.
+        _, _, *state = super(subclass, self).__reduce_ex__(protocol)
+        return (copyreg._reconstructor, (base, object, None), *state)  # type: ignore[attr-defined]
+
+    namespace = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": __reduce_ex__,
+        "forward": forward,
+        "_hf_turbo_stock_forward": stock,
+    }
+    subclass = type(base)(base.__name__, (base,), namespace)
+    return subclass
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the module's class, or one that FSDP made out of it, is ours."""
+    return hasattr(type(module), "_hf_turbo_stock_forward")
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class of a module, ours looked through."""
+    return type(module).__mro__[1] if "_hf_turbo_stock_forward" in vars(type(module)) else type(module)
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether all are ordinary tensors with data: no DTensor, no quantized subclass, no ZeRO-3 partition."""
+    return all(
+        tensor is None or (type(tensor) in (torch.Tensor, nn.Parameter) and not hasattr(tensor, "ds_id"))
+        for tensor in tensors
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says: hooks, an instance forward, a parametrization."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or "parametrizations" in module._modules
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
+@dataclass
+class Finding:
+    """What a role found in a model: the patches to apply, and why the rest stays stock.
+
+    Attributes:
+        role: norm, mlp, rope, loss: a name of the report and of a TurboConfig field.
+        kernel: what runs instead.
+        exactness: what the patches promise.
+        found: objects of this role in the model.
+        patched: how many of them the patches cover.
+        patches: to apply, in order.
+        reasons: why objects stay stock, with their number.
+    """
+
+    role: str
+    kernel: str
+    exactness: Exactness
+    found: int = 0
+    patched: int = 0
+    patches: list[Patch] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def refuse(self, reason: str, count: int = 1) -> None:
+        """Counts objects that stay stock."""
+        self.reasons[reason] += count

@@ -1,0 +1,97 @@
+"""Recognises stock code by what it computes, not by its name.
+
+A fingerprint is a hash of a function's normalised syntax tree: docstring, decorators, annotations and defaults dropped,
+parameters and local names renumbered in order of appearance. Attribute, global and keyword names stay, since they
+carry the meaning. Most of the model families in transformers share one body per role, so a few fingerprints cover
+them; a body that has changed, by an update or by a user, is unknown and stays stock.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+
+class _Normalise(ast.NodeTransformer):
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        arguments = node.args
+        for argument in [
+            *arguments.posonlyargs,
+            *arguments.args,
+            *filter(None, [arguments.vararg]),
+            *arguments.kwonlyargs,
+            *filter(None, [arguments.kwarg]),
+        ]:
+            argument.annotation = None
+            argument.arg = self._rename(argument.arg)
+        arguments.defaults, arguments.kw_defaults = [], [None] * len(arguments.kwonlyargs)
+        node.decorator_list, node.returns, node.name = [], None, "f"
+        if ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+        for name in _assigned_names(node):
+            self._rename(name)
+        self.generic_visit(node)
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        if node.value is None:
+            return None
+        return self.visit(ast.Assign(targets=[node.target], value=node.value, lineno=node.lineno))
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        node.id = self._names.get(node.id, node.id)
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        node.kind = None
+        return node
+
+    def _rename(self, name: str) -> str:
+        return self._names.setdefault(name, f"v{len(self._names)}")
+
+
+def _serialise(value: Any) -> str:
+    """Like ast.dump, but the same for every Python version: `ast.dump` and the node fields change between releases."""
+    if isinstance(value, ast.AST):
+        fields = ((name, getattr(value, name, None)) for name in value._fields if name not in ("ctx", "type_comment"))
+        return f"{type(value).__name__}({', '.join(f'{k}={_serialise(v)}' for k, v in fields if v not in (None, []))})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_serialise, value))}]"
+    return repr(value)
+
+
+def _assigned_names(function: ast.FunctionDef) -> list[str]:
+    stores = [node for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return [node.id for node in sorted(stores, key=lambda node: (node.lineno, node.col_offset))]
+
+
+@functools.lru_cache(maxsize=4096)
+def fingerprint(function: Callable[..., Any]) -> str | None:
+    """First 12 hex digits of the hash of `function`'s normalised body, decorators unwrapped.
+
+    None where there is no readable source: a builtin, a callable object, a body made at run time.
+    """
+    if not inspect.isfunction(function):
+        return None
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    node = tree.body[0]
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    return hashlib.sha256(_serialise(_Normalise().visit(node)).encode()).hexdigest()[:12]
+
+
+def class_fingerprint(cls: type, *methods: str) -> str | None:
+    """Fingerprints of several methods of a class, joined with "+"; None if one is missing or unreadable."""
+    parts = [fingerprint(getattr(cls, method, None)) for method in methods]  # type: ignore[arg-type]
+    return None if any(part is None for part in parts) else "+".join(part for part in parts if part)

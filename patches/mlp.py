@@ -1,0 +1,126 @@
+"""Gated MLPs of transformers: `down(act(gate(x)) * up(x))` with separate or packed gate and up projections.
+
+The projections stay modules and are called as such, so adapters, quantized layers and hooks on them keep working. Where
+`down_proj` is a plain linear layer, the product is not stored for backward but computed again there, in the pass that
+computes its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
+from torch import nn
+
+from .conflicts import module_conflict
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    has_hooks,
+    is_live,
+    is_plain,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
+from .fingerprint import fingerprint
+
+_SPLIT = {"a862e25b581d", "d4ef735e49a4"}  # Llama, Mistral, Qwen, Gemma, OLMo, SmolLM3, Granite; Qwen2.5-VL
+_PACKED = {"9f5ff4eec5b7"}  # Phi-3, GLM
+
+
+def _activation(module: nn.Module | None) -> str | None:
+    """The kernel's name of an activation module, None where it is not one of those it computes."""
+    if module is None or has_hooks(module):
+        return None
+    name = type(module).__name__
+    if name in {"SiLUActivation", "SiLU"}:
+        return "silu"
+    # These hold the function they compute; the pure-Python variants round differently.
+    function = getattr(module, "act", None)
+    if name == "GELUTanh":
+        is_stock = getattr(function, "func", None) is nn.functional.gelu
+        return "gelu_tanh" if is_stock and function.keywords == {"approximate": "tanh"} else None
+    if name == "GELUActivation":
+        return "gelu" if function is nn.functional.gelu else None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return None
+
+
+def _is_plain_linear(module: nn.Module, product: torch.Tensor) -> bool:
+    """Whether calling `module` is F.linear of its parameters and nothing else, in a dtype the fused op takes."""
+    if type(module) is not nn.Linear or has_hooks(module) or not is_plain(module.weight, module.bias):
+        return False
+    return module.weight.dtype == product.dtype or torch.is_autocast_enabled(product.device.type)
+
+
+def _usable(*tensors: torch.Tensor) -> bool:
+    first = tensors[0]
+    return (
+        is_plain(*tensors)
+        and first.is_floating_point()
+        and all(t.dtype == first.dtype and t.shape == first.shape and t.device == first.device for t in tensors)
+    )
+
+
+def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        activation = _activation(self.act_fn) if is_live() else None
+        if activation is None:
+            return stock(self, x)
+        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        if not _usable(gate, up):
+            return down(self.act_fn(gate) * up)
+        if torch.is_grad_enabled() and _is_plain_linear(down, gate):
+            return glu_linear(gate, up, down.weight, down.bias, activation)
+        return down(glu(gate, up, activation))
+
+    return forward
+
+
+def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        activation = _activation(self.activation_fn) if is_live() else None
+        if activation is None:
+            return stock(self, hidden_states)
+        gate_up, down = self.gate_up_proj(hidden_states), self.down_proj
+        if not _usable(gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return down(up * self.activation_fn(gate))
+        if torch.is_grad_enabled() and _is_plain_linear(down, gate_up):
+            return glu_packed_linear(gate_up, down.weight, down.bias, activation)
+        return down(glu_packed(gate_up, activation))
+
+    return forward
+
+
+def find(model: nn.Module) -> Finding:
+    """Class swaps for every gated MLP whose forward and activation are understood."""
+    finding = Finding("mlp", "glu", Exactness.REASSOCIATED)
+    for name, module in model.named_modules():
+        cls = stock_class(module)
+        if "MLP" not in cls.__name__ or not hasattr(module, "down_proj"):
+            continue
+        finding.found += 1
+        if is_swapped(module):
+            finding.patched += 1
+            continue
+        body = fingerprint(cls.forward)
+        reason = module_conflict(module)
+        if reason is None and body not in _SPLIT | _PACKED:
+            reason = f"unknown forward of {cls.__name__}"
+        if reason is None:
+            activation = getattr(module, "act_fn" if body in _SPLIT else "activation_fn", None)
+            if _activation(activation) is None:
+                reason = f"no kernel for activation {type(activation).__name__}"
+        if reason is not None:
+            finding.refuse(reason)
+            continue
+        make_forward = _make_split_forward if body in _SPLIT else _make_packed_forward
+        finding.patched += 1
+        finding.patches.append(ClassSwap(f"mlp:{name}", module, same_name_subclass(cls, make_forward)))
+    return finding

@@ -1,0 +1,86 @@
+"""Trainer's entry points: where patches go in, and what keeps the loss patch out.
+
+`Trainer.train` runs once per training, after all set-up of TRL and before Liger, checkpointing, data loaders, optimizer
+and wrapping. Nothing is wrapped that trainers override.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from .engine import AttributePatch, Patch, look_like
+
+MODULE = "transformers.trainer"
+
+
+def entry_patches(
+    trainer_cls: Any,
+    around_train: Callable[[Any], AbstractContextManager[Any]],
+    model_made: Callable[[Any, Any], None],
+    batches_fetched: Callable[[Any, list[Any]], None],
+) -> list[Patch]:
+    """Patches of the Trainer class.
+
+    Args:
+        around_train: given the trainer, a context to run `train()` in.
+        model_made: called with the trainer and a model that its `model_init` returned.
+        batches_fetched: called with the trainer and the micro-batches of the next optimizer step.
+    """
+    stock_train, stock_init = trainer_cls.train, trainer_cls.call_model_init
+    stock_samples = trainer_cls.get_batch_samples
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with around_train(self):
+            return stock_train(self, *args, **kwargs)
+
+    def call_model_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = stock_init(self, *args, **kwargs)
+        model_made(self, model)
+        return model
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock_samples(self, *args, **kwargs)
+        batches_fetched(self, result[0])
+        return result
+
+    replacements = {"train": train, "call_model_init": call_model_init, "get_batch_samples": get_batch_samples}
+    for name, replacement in replacements.items():
+        look_like(replacement, getattr(trainer_cls, name))
+    return [AttributePatch(f"trainer:{name}", trainer_cls, name, new) for name, new in replacements.items()]
+
+
+def loss_conflict(trainer: Any) -> str | None:
+    """Why this trainer's causal-LM loss stays stock, or None."""
+    compute_loss = type(trainer).compute_loss
+    package = compute_loss.__module__.partition(".")[0]
+    if getattr(trainer, "label_smoother", None) is not None:
+        return "label smoothing needs the logits"
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "compute_loss_func needs the logits"
+    if package not in {"transformers", "trl"}:
+        return f"compute_loss is overridden by {compute_loss.__qualname__.partition('.')[0]} and may read the logits"
+    if trainer.args.n_gpu > 1:
+        return "nn.DataParallel gathers the logits; launch one process per device instead"
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for name, title in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
+        if parallelism is not None and (getattr(parallelism, f"{name}_size", 1) or 1) > 1:
+            return f"{title} parallelism"
+    return None
+
+
+def model_conflict(trainer: Any) -> str | None:
+    """Why this trainer's whole model stays stock, or None."""
+    if getattr(trainer.args, "use_liger_kernel", False):
+        return "use_liger_kernel is on: Liger-Kernel patches the model"
+    return None
+
+
+def uses_fused_head(trainer: Any) -> bool:
+    """Whether this is a TRL trainer whose loss goes through TRL's fused language-model head."""
+    return any(
+        cls.__module__.startswith("trl.") and hasattr(sys.modules.get(cls.__module__), "add_fused_lm_head")
+        for cls in type(trainer).__mro__
+    )

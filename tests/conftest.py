@@ -1,0 +1,21 @@
+"""Shared by all tests: offline, and hf_turbo off again after each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def hf_turbo_off() -> Iterator[None]:
+    yield
+    import sys
+
+    lifecycle = sys.modules.get("hf_turbo.lifecycle")
+    if lifecycle is not None:
+        lifecycle.disable()
