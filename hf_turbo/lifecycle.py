@@ -66,7 +66,7 @@ class _Activation:
         if trainer is not None:
             conflict = conflict or trainer_patches.model_conflict(trainer)
             if trainer_patches.uses_fused_head(trainer):
-                find_loss = trl_patches.find
+                find_loss = lambda: trl_patches.find(trainer)  # noqa: E731
             else:
                 loss_conflict = trainer_patches.loss_conflict(trainer)
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {

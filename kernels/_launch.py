@@ -45,12 +45,15 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
-    """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device)."""
+    """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device).
+
+    Fused multiply-add is asked for by name: its default changes with Triton 3.10, and 3.9 warns about that.
+    """
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **meta)
+            kernel[grid](*args, enable_fp_fusion=True, **meta)
     else:
-        kernel[grid](*args, **meta)
+        kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -73,8 +76,20 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
-def rows_of(x: torch.Tensor) -> Rows | None:
-    """The row layout of `x`, or None where two strides do not describe it (take `x.contiguous()` then)."""
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a contiguous copy if its rows cannot be described as above."""
+    return x if x.is_contiguous() or _find_rows(x) is not None else x.contiguous()
+
+
+def rows_of(x: torch.Tensor) -> Rows:
+    """The row layout of `x`, which has been through `with_rows`."""
+    rows = _find_rows(x)
+    if rows is None:
+        raise ValueError(f"rows of strides {x.stride()}, shape {list(x.shape)} are more than two strides apart")
+    return rows
+
+
+def _find_rows(x: torch.Tensor) -> Rows | None:
     leading = x.ndim - 1
     if x.is_contiguous():
         return Rows(tuple(range(leading)), leading, 1, x.shape[-1], 0)

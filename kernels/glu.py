@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, register_op, rows_of, use_triton
+from ._launch import in_rows, launch, register_op, rows_of, use_triton, with_rows
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -50,15 +50,35 @@ _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 # ---------------------------------------------------------------------------------------------------- torch reference
 
 
+def _exponent(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "silu":
+        return gate
+    return 2 * _SQRT_2_OVER_PI * gate * (1 + _CUBIC * gate * gate)
+
+
+def _reference_share(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """p(gate)."""
+    if activation == "gelu":
+        return 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+    return torch.sigmoid(_exponent(gate, activation))
+
+
+def _reference_slope(gate: torch.Tensor, share: torch.Tensor, activation: str) -> torch.Tensor:
+    """p'(gate), given p(gate)."""
+    if activation == "gelu":
+        return torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
+    # sigmoid(-e) rather than 1 - sigmoid(e), which cancels for large gates.
+    slope = share * torch.sigmoid(-_exponent(gate, activation))
+    if activation == "gelu_tanh":
+        slope = slope * (2 * _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * gate * gate))
+    return slope
+
+
 def _reference_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, h: torch.Tensor) -> None:
     """Fills `h`."""
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
     gate = gate.to(wide)
-    if activation == "silu":
-        activated = F.silu(gate)
-    else:
-        activated = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
-    torch.mul(activated, up.to(wide), out=h)
+    torch.mul(gate * _reference_share(gate, activation), up.to(wide), out=h)
 
 
 def _reference_backward(
@@ -72,17 +92,9 @@ def _reference_backward(
     """Fills `dgate` and `dup`."""
     wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
     dh, gate, up = dh.to(wide), gate.to(wide), up.to(wide)
-    if activation == "silu":
-        share = torch.sigmoid(gate)
-        slope = share * (1 - share)
-    elif activation == "gelu_tanh":
-        share = torch.sigmoid(2 * _SQRT_2_OVER_PI * gate * (1 + _CUBIC * gate * gate))
-        slope = share * (1 - share) * (2 * _SQRT_2_OVER_PI * (1 + 3 * _CUBIC * gate * gate))
-    else:
-        share = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
-        slope = torch.exp(-0.5 * gate * gate) * (1 / math.sqrt(2 * math.pi))
+    share = _reference_share(gate, activation)
     torch.mul(dh, gate * share, out=dup)
-    torch.mul(dh * up, share + gate * slope, out=dgate)
+    torch.mul(dh * up, share + gate * _reference_slope(gate, share, activation), out=dgate)
 
 
 # ------------------------------------------------------------------------------------------------------------- Triton
@@ -90,22 +102,29 @@ def _reference_backward(
 
 @triton.jit
 def _share(gate, ACTIVATION: tl.constexpr):
-    """p(gate). A product that feeds a sum is an explicit fma, so that no compiler has anything left to contract and the
-    forward and the backward kernel compute the same bits."""
+    """p(gate) and 1 - p(gate), neither by cancellation where p is a sigmoid.
+
+    A product that feeds a sum is an explicit fma: no compiler then has anything left to contract, and the forward and
+    the backward kernel compute the same bits.
+    """
     if ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        share = 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+        return share, 1.0 - share
     exponent = gate
     if ACTIVATION == "gelu_tanh":
         exponent = 1.5957691216057308 * gate * tl.fma(0.044715 * gate, gate, 1.0)
-    return 1.0 / (1.0 + tl.exp(-exponent))
+    decay = tl.exp(-tl.abs(exponent))
+    larger = 1.0 / (1.0 + decay)
+    smaller = decay * larger
+    return tl.where(exponent >= 0, larger, smaller), tl.where(exponent >= 0, smaller, larger)
 
 
 @triton.jit
-def _slope(gate, share, ACTIVATION: tl.constexpr):
-    """p'(gate), given p(gate)."""
+def _slope(gate, share, rest, ACTIVATION: tl.constexpr):
+    """p'(gate), given p(gate) and 1 - p(gate)."""
     if ACTIVATION == "gelu":
         return tl.exp(-0.5 * gate * gate) * 0.3989422804014327
-    slope = share * (1.0 - share)
+    slope = share * rest
     if ACTIVATION == "gelu_tanh":
         slope = slope * (1.5957691216057308 * (1.0 + 0.134145 * gate * gate))
     return slope
@@ -134,7 +153,8 @@ def _forward_kernel(
     up_row = row // inner * up_outer + row % inner * up_inner
     gate = tl.load(gate_ptr + gate_row + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row + column, mask=mask, other=0.0).to(tl.float32)
-    h = gate * _share(gate, ACTIVATION) * up
+    share, _ = _share(gate, ACTIVATION)
+    h = gate * share * up
     tl.store(h_ptr + row * width + column, h.to(h_ptr.dtype.element_ty), mask=mask)
 
 
@@ -169,10 +189,10 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + gate_row + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row + column, mask=mask, other=0.0).to(tl.float32)
     dh = tl.load(dh_ptr + dh_row + column, mask=mask, other=0.0).to(tl.float32)
-    share = _share(gate, ACTIVATION)
+    share, rest = _share(gate, ACTIVATION)
     activated = gate * share
     dup = dh * activated
-    dgate = dh * up * (share + gate * _slope(gate, share, ACTIVATION))
+    dgate = dh * up * (share + gate * _slope(gate, share, rest, ACTIVATION))
     gradient = row * gradient_stride + column
     tl.store(dgate_ptr + gradient, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + gradient, dup.to(dup_ptr.dtype.element_ty), mask=mask)
@@ -397,9 +417,7 @@ def _checked(
             f"gate and up must have one shape and device, got {list(gate.shape)} on {gate.device} and {list(up.shape)} "
             f"on {up.device}"
         )
-    if rows_of(gate) is None:
-        gate = gate.contiguous()
-    return gate, up, width
+    return with_rows(gate), up, width
 
 
 def _apply_linear(
@@ -437,14 +455,12 @@ def glu(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
         gate, up: [..., I], any strides.
         activation: "silu", "gelu_tanh" or "gelu".
     """
-    gate, up, _ = _checked(gate, up, activation)
-    return _GLU.apply(gate, up, activation)
+    return _GLU.apply(*_checked(gate, up, activation)[:2], activation)
 
 
 def glu_packed(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) * up for gate_up [..., 2 I], which holds gate before up; its gradient is one tensor."""
-    gate_up, _, _ = _checked(gate_up, None, activation)
-    return _GLU.apply(gate_up, None, activation)
+    return _GLU.apply(*_checked(gate_up, None, activation)[:2], activation)
 
 
 def glu_linear(

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, register_op, rows_of, use_triton
+from ._launch import in_rows, launch, register_op, rows_of, use_triton, with_rows
 from .rms_norm import MAX_WIDTH, persistent_grid, tile_of
 
 # ---------------------------------------------------------------------------------------------------- torch reference
@@ -331,10 +331,10 @@ def _backward(
         STAGES=stages,
         num_warps=warps,
     )
-    for gradient, part in zip((dweight, dbias), parts, strict=True):
-        if gradient is not None and part is not None:
+    for parameter_gradient, part in zip(gradients[1:], parts, strict=True):
+        if part is not None:
             # dbias [H] also sums over the heads of a two-dimensional weight.
-            gradient.copy_(part.view(-1, *gradient.shape).sum(0))
+            parameter_gradient.copy_(part.view(-1, *parameter_gradient.shape).sum(0))
     return gradients
 
 
@@ -405,6 +405,5 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor 
     if x.shape[-1] > MAX_WIDTH and use_triton(x):
         raise ValueError(f"layer_norm holds rows of at most {MAX_WIDTH} elements, got {x.shape[-1]}")
     # The heads of a two-dimensional weight must alternate row by row.
-    if (weight is not None and weight.ndim == 2) or rows_of(x) is None:
-        x = x.contiguous()
+    x = x.contiguous() if weight is not None and weight.ndim == 2 else with_rows(x)
     return _LayerNorm.apply(x, weight, bias, eps)

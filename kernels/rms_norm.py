@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, multiprocessors, register_op, rows_of, use_triton
+from ._launch import in_rows, launch, multiprocessors, register_op, rows_of, use_triton, with_rows
 
 MAX_WIDTH = 65536  # a program holds whole rows in registers
 
@@ -309,7 +309,7 @@ def _backward(
         STAGES=stages,
         num_warps=warps,
     )
-    if dweight is not None:
+    if dweight is not None and partials is not None:
         dweight.copy_(partials.sum(0))
     return gradients
 
@@ -389,6 +389,4 @@ def rms_norm(
         weight = weight.contiguous()
     if x.shape[-1] > MAX_WIDTH and use_triton(x):
         raise ValueError(f"rms_norm holds rows of at most {MAX_WIDTH} elements, got {x.shape[-1]}")
-    if rows_of(x) is None:
-        x = x.contiguous()
-    return _RMSNorm.apply(x, weight, eps, weight_offset, round_before_weight)
+    return _RMSNorm.apply(with_rows(x), weight, eps, weight_offset, round_before_weight)

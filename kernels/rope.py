@@ -271,12 +271,12 @@ def _rotate(
     outputs = _empty(q, k, cos, sin, heads_dim, interleaved, half_width, inverse, q_order, k_order, q_dtype, k_dtype)
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return outputs
-    q_out, k_out = outputs[0], None if k is None else outputs[1]
     if not (use_triton(q) and use_triton(cos) and (k is None or use_triton(k))):
-        _reference(q, cos, sin, heads_dim, interleaved, half_width, inverse, q_out)
-        if k is not None:
-            _reference(k, cos, sin, heads_dim, interleaved, half_width, inverse, k_out)
+        for x, out in ((q, outputs[0]), (k, outputs[1])):
+            if x is not None:
+                _reference(x, cos, sin, heads_dim, interleaved, half_width, inverse, out)
         return outputs
+    q_out, k_out = outputs[0], None if k is None else outputs[1]
     # A gradient arrives with whatever strides attention gave it.
     q = q if q.stride(3) == 1 else q.contiguous()
     k = k if k is None or k.stride(3) == 1 else k.contiguous()
@@ -357,7 +357,12 @@ class _Rope(torch.autograd.Function):
         ctx.dtypes = (q.dtype, q.dtype if k is None else k.dtype)
         dtypes = ctx.dtypes if keep_dtype else [torch.promote_types(dtype, cos.dtype) for dtype in ctx.dtypes]
         q_out, k_out = _rope(q, k, cos, sin, *ctx.how, False, *ctx.orders, *dtypes)
-        return q_out if k is None else (q_out, k_out)
+        if k is None:
+            return q_out
+        # As in stock: what is frozen going in is frozen coming out, and attention skips its gradient.
+        frozen = [out for out, needed in zip((q_out, k_out), ctx.needs_input_grad[:2], strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
+        return q_out, k_out
 
     @staticmethod
     @once_differentiable

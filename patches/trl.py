@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from typing import Any
 
 import torch
 from hf_turbo.kernels.linear_cross_entropy import OPTIONAL_OUTPUTS, LogitTransform, linear_log_prob
 
-from .engine import AttributePatch, Exactness, Finding, is_live, is_plain
+from .engine import AttributePatch, Exactness, Finding, Patch, is_live, is_plain
+from .fingerprint import fingerprint
 
 MODULE = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"
@@ -29,8 +31,11 @@ _PARAMETERS = (
     "logit_scale",
     "outputs",
 )
-# The supervised loss asks for these and no others (besides the log-probabilities).
-_SUPERVISED = {"entropy", "is_top1"}
+# SFTTrainer.compute_loss of TRL 1.15 and 1.16: with loss_type "nll" the loss is the sum of all log-probabilities times
+# one number, so every row has the same upstream gradient.
+_UNIFORM_LOSSES = {"0a01dcdc58fb"}
+# Heads trained with such a loss, by id.
+_UNIFORM_HEADS: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
 
 def _replacement(stock: Any) -> type:
@@ -72,13 +77,40 @@ def _replacement(stock: Any) -> type:
                 bias,
                 transform=LogitTransform(logit_scale, final_logit_softcapping or 0.0, 1.0 / temperature),
                 outputs=extras,
-                expect_uniform=set(extras) == _SUPERVISED,
+                uniform=_UNIFORM_HEADS.get(id(weight)) is weight,
             )
 
     return ChunkedLogProbFunction
 
 
-def find() -> Finding:
+class _UniformHead(Patch):
+    """Notes that a head is trained with a loss that weights all rows alike."""
+
+    id = "loss:uniform"
+
+    def __init__(self, weight: torch.Tensor):
+        self._key, self._weight = id(weight), weakref.ref(weight)
+
+    def apply(self) -> None:
+        weight = self._weight()
+        if weight is not None:
+            _UNIFORM_HEADS[self._key] = weight
+
+    def revert(self) -> bool:
+        _UNIFORM_HEADS.pop(self._key, None)
+        return True
+
+
+def _weights_rows_alike(trainer: Any) -> bool:
+    return (
+        fingerprint(type(trainer).compute_loss) in _UNIFORM_LOSSES
+        and getattr(trainer.args, "loss_type", None) == "nll"
+        and getattr(trainer, "compute_loss_func", None) is None
+        and getattr(trainer, "label_smoother", None) is None
+    )
+
+
+def find(trainer: Any) -> Finding:
     """The patch of TRL's module global, where TRL is imported and its Function has the known signature."""
     finding = Finding("loss", "linear_log_prob", Exactness.REASSOCIATED, found=1)
     module = sys.modules.get(MODULE)
@@ -92,4 +124,7 @@ def find() -> Finding:
     else:
         finding.patched = 1
         finding.patches.append(AttributePatch(f"loss:{MODULE}", module, _NAME, _replacement(stock)))
+    head = trainer.model.get_output_embeddings()
+    if finding.patched and head is not None and _weights_rows_alike(trainer):
+        finding.patches.append(_UniformHead(head.weight))
     return finding
