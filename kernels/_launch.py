@@ -21,7 +21,11 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines `hf_turbo::<schema>` and returns the callable that goes through the dispatcher.
+    """Defines `hf_turbo::<schema>` and returns the callable to use.
+
+    It goes through the dispatcher only where somebody watches there: torch.compile, or a dispatch mode such as those of
+    selective checkpointing and fake tensors. Otherwise it calls the implementation, which saves a third of the host
+    time of a small op. Call it inside an autograd Function, where nothing is recorded.
 
     Args:
         schema: torch schema string, e.g. ``"scale(Tensor x, float factor) -> Tensor"``.
@@ -32,7 +36,14 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"hf_turbo::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.hf_turbo, name).default
+    registered = getattr(torch.ops.hf_turbo, name).default
+
+    def op(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return registered(*args)
+        return implementation(*args)
+
+    return op
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

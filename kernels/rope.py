@@ -31,6 +31,7 @@ rotation.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -234,6 +235,25 @@ def _memory_order(x: torch.Tensor) -> list[int]:
     return [*sorted(range(3), key=lambda dim: -strides[dim]), 3]
 
 
+@functools.lru_cache(maxsize=256)
+def _tiling(q_heads: int, k_heads: int, head_dim: int, angles: int, half_width: bool) -> dict[str, int]:
+    """Constants of the kernel, and its warps."""
+    half = angles if half_width else angles // 2
+    rest, pairs = head_dim - 2 * half, _next_power_of_2(half)
+    (q_block, q_warps), (k_block, k_warps) = _tile_of(q_heads, pairs), _tile_of(k_heads, pairs)
+    return {
+        "Q_HEADS": q_heads,
+        "K_HEADS": k_heads,
+        "Q_BLOCK": q_block,
+        "K_BLOCK": k_block,
+        "HALF": half,
+        "PAIRS": pairs,
+        "PASS": rest,
+        "PASS_BLOCK": _next_power_of_2(rest),
+        "num_warps": max(q_warps, k_warps),
+    }
+
+
 def _empty(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -283,20 +303,14 @@ def _rotate(
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     token_dim = 3 - heads_dim
-    tokens, q_heads, k_heads = q.shape[token_dim], q.shape[heads_dim], 0 if k is None else k.shape[heads_dim]
-    half = cos.shape[2] if half_width else cos.shape[2] // 2
-    rest = q.shape[3] - 2 * half
-    pairs = _next_power_of_2(half)
-    q_block, warps = _tile_of(q_heads, pairs)
-    k_block, k_warps = _tile_of(k_heads, pairs)
-    strides = [
-        tensor.stride(dim) if tensor is not None else 0
-        for tensor in (q, k, q_out, k_out)
-        for dim in (0, token_dim, heads_dim)
-    ]
+    shape, cos_strides, tokens = q.shape, cos.stride(), q.shape[token_dim]
+    strides: list[int] = []
+    for tensor in (q, k, q_out, k_out):
+        of = (0, 0, 0, 0) if tensor is None else tensor.stride()
+        strides += (of[0], of[token_dim], of[heads_dim])
     launch(
         _kernel,
-        (q.shape[0] * tokens,),
+        (shape[0] * tokens,),
         q.device,
         q,
         k,
@@ -306,20 +320,12 @@ def _rotate(
         k_out,
         tokens,
         *strides,
-        cos.stride(0) if cos.shape[0] > 1 else 0,
-        cos.stride(1),
-        Q_HEADS=q_heads,
-        K_HEADS=k_heads,
-        Q_BLOCK=q_block,
-        K_BLOCK=k_block,
-        HALF=half,
-        PAIRS=pairs,
-        PASS=rest,
-        PASS_BLOCK=_next_power_of_2(rest),
+        cos_strides[0] if cos.shape[0] > 1 else 0,
+        cos_strides[1],
         INTERLEAVED=interleaved,
         SHARED=interleaved or half_width,
         INVERSE=inverse,
-        num_warps=max(warps, k_warps),
+        **_tiling(shape[heads_dim], 0 if k is None else k.shape[heads_dim], shape[3], cos.shape[2], half_width),
     )
     return outputs
 
@@ -409,27 +415,27 @@ def rope(
         raise ValueError(f"unsqueeze_dim must be 1 or 2, got {unsqueeze_dim}")
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("rope gives no gradient for cos and sin; detach them")
-    if cos.ndim != 3 or cos.shape != sin.shape or cos.dtype != sin.dtype:
+    angles, q_shape = cos.shape, q.shape
+    if len(angles) != 3 or angles != sin.shape or cos.dtype != sin.dtype or cos.device != sin.device:
         raise ValueError(
-            f"cos and sin must be alike, [batch, tokens, angles]; got {list(cos.shape)} {cos.dtype} and "
-            f"{list(sin.shape)} {sin.dtype}"
+            f"cos and sin must be alike, [batch, tokens, angles]; got {list(angles)} {cos.dtype} on {cos.device} and "
+            f"{list(sin.shape)} {sin.dtype} on {sin.device}"
         )
-    rotary = cos.shape[2] * (2 if half_width else 1)
+    rotary = angles[2] * (2 if half_width else 1)
     for name, x in (("q", q), ("k", k)):
         if x is None:
             continue
+        shape = x.shape
         if not (x.is_floating_point() and cos.is_floating_point()):
             raise TypeError(f"rope needs floating-point tensors, got {name} {x.dtype} and cos {cos.dtype}")
-        if x.ndim != 4 or x.shape[3] != q.shape[3] or x.shape[0] != q.shape[0]:
-            raise ValueError(f"q and k must be [batch, ., ., D] with one batch and D, got {name} {list(x.shape)}")
-        if cos.shape[0] not in (1, x.shape[0]) or cos.shape[1] != x.shape[3 - unsqueeze_dim]:
-            raise ValueError(
-                f"cos {list(cos.shape)} does not fit {name} {list(x.shape)}, unsqueeze_dim {unsqueeze_dim}"
-            )
-        if rotary % 2 or not 0 < rotary <= x.shape[3]:
-            raise ValueError(f"{rotary} rotated elements do not fit heads of {x.shape[3]}")
-        if x.device != cos.device or x.device != sin.device:
-            raise ValueError(f"{name} is on {x.device}, cos on {cos.device}, sin on {sin.device}")
+        if len(shape) != 4 or shape[3] != q_shape[3] or shape[0] != q_shape[0]:
+            raise ValueError(f"q and k must be [batch, ., ., D] with one batch and D, got {name} {list(shape)}")
+        if angles[0] not in (1, shape[0]) or angles[1] != shape[3 - unsqueeze_dim]:
+            raise ValueError(f"cos {list(angles)} does not fit {name} {list(shape)}, unsqueeze_dim {unsqueeze_dim}")
+        if rotary % 2 or not 0 < rotary <= shape[3]:
+            raise ValueError(f"{rotary} rotated elements do not fit heads of {shape[3]}")
+        if x.device != cos.device:
+            raise ValueError(f"{name} is on {x.device}, cos on {cos.device}")
     if q.stride(3) != 1:
         q = q.contiguous()
     if k is not None and k.stride(3) != 1:

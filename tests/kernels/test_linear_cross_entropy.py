@@ -321,13 +321,13 @@ def test_ops_are_well_formed(device):
     targets = torch.tensor([0, 3, 10, 5], device=device)
     checks = ("test_schema", "test_faketensor")
     transform = (0.5, 3.0, 1.0)
-    torch.library.opcheck(module._statistics, (logits.clone(), targets, *transform, 1.0, 15), test_utils=checks)
+    torch.library.opcheck(torch.ops.hf_turbo.head_statistics_.default, (logits.clone(), targets, *transform, 1.0, 15), test_utils=checks)
     ones = torch.ones(4, device=device)
     torch.library.opcheck(
-        module._gradient, (logits.clone(), targets, ones, ones, ones, ones, None, *transform), test_utils=checks
+        torch.ops.hf_turbo.head_gradient_.default, (logits.clone(), targets, ones, ones, ones, ones, None, *transform), test_utils=checks
     )
     factor = torch.tensor(2.0, device=device)
-    torch.library.opcheck(module._scaled_cast, (logits, factor, torch.bfloat16), test_utils=checks)
+    torch.library.opcheck(torch.ops.hf_turbo.scaled_cast.default, (logits, factor, torch.bfloat16), test_utils=checks)
 
 
 @pytest.mark.gpu

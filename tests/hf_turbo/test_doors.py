@@ -1,0 +1,166 @@
+"""Every door into hf_turbo runs a whole script that does not know of it, and the report proves what was patched.
+
+The scripts in tests/hosts/scripts/ are plain Trainer, TRL and Accelerate scripts; none imports hf_turbo.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "tests" / "hosts" / "scripts"
+PROGRAMS = Path(sysconfig.get_path("scripts"))
+ROLES = {"norms", "mlp", "rope", "loss"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a command without the network, without the user's accelerate config and without HF_TURBO* of the caller."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_TURBO")}
+    fixed = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+
+    def run(*command, **environment):
+        done = subprocess.run(
+            [str(part) for part in command],
+            env=inherited | fixed | environment,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "not enabled" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Makes a copy of a shipped accelerate config that runs on the CPU; `changes` overrides its keys."""
+
+    def config(name, **changes):
+        keys = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+        keys |= {"use_cpu": True, "mixed_precision": "no"} | changes
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in keys.items() if value is not None}))
+        return path
+
+    return config
+
+
+def patched(path):
+    """Rows of a report by role, of which at least one must have been patched."""
+    report = json.loads(path.read_text())
+    rows = {row["role"]: row for row in report["rows"]}
+    assert sum(row["patched"] for row in rows.values()) > 0
+    return rows
+
+
+def assert_all_patched(path):
+    rows = patched(path)
+    assert set(rows) == ROLES
+    for role, row in rows.items():
+        assert 0 < row["found"] == row["patched"], (role, row)
+
+
+def report_of(folder):
+    return folder / "hf_turbo_report.json"
+
+
+def test_enable_called_before_everything(run, tmp_path):
+    wrapper = tmp_path / "wrapper.py"
+    wrapper.write_text(
+        "import hf_turbo; hf_turbo.enable()\n"
+        "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    run(sys.executable, wrapper, SCRIPTS / "trainer.py", tmp_path / "out")
+    assert_all_patched(report_of(tmp_path / "out"))
+
+
+def test_callback(run, tmp_path):
+    source = (SCRIPTS / "trainer.py").read_text()
+    changed = source.replace("train_dataset=", "callbacks=[TurboCallback()], train_dataset=")
+    assert changed != source
+    script = tmp_path / "with_callback.py"
+    script.write_text(f"from hf_turbo import TurboCallback\n{changed}")
+    run(sys.executable, script, tmp_path / "out")
+    assert_all_patched(report_of(tmp_path / "out"))
+
+
+def test_python_m(run, tmp_path):
+    run(sys.executable, "-m", "hf_turbo", SCRIPTS / "trainer.py", tmp_path / "out")
+    assert_all_patched(report_of(tmp_path / "out"))
+
+
+def test_accelerate_launch_m(run, config, tmp_path):
+    stock, report = config("single", hf_turbo=None), tmp_path / "report.json"
+    launch = (PROGRAMS / "accelerate", "launch", "--config_file", stock)
+    run(*launch, "-m", "hf_turbo", SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
+    assert_all_patched(report)
+
+
+def test_torchrun_m_on_two_processes(run, tmp_path):
+    report = tmp_path / "report.json"
+    torchrun = (PROGRAMS / "torchrun", "--standalone", "--nproc_per_node", "2")
+    run(*torchrun, "-m", "hf_turbo", SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
+    assert_all_patched(report)
+
+
+def test_environment_on_a_trl_script(run, tmp_path):
+    run(sys.executable, SCRIPTS / "sft.py", tmp_path / "out", HF_TURBO="1")
+    assert_all_patched(report_of(tmp_path / "out"))
+
+
+def test_environment_with_options(run, tmp_path):
+    run(sys.executable, SCRIPTS / "trainer.py", tmp_path / "out", HF_TURBO='{"rope": false}')
+    rows = patched(report_of(tmp_path / "out"))
+    assert rows["rope"]["patched"] == 0
+    assert "rope=False" in rows["rope"]["reason"]
+    assert all(rows[role]["patched"] > 0 for role in ROLES - {"rope"})
+
+
+def test_section_of_an_accelerate_config(run, config, tmp_path):
+    section = config("single", hf_turbo={"mlp": False})
+    run(PROGRAMS / "accelerate", "launch", "--config_file", section, SCRIPTS / "trainer.py", tmp_path / "out")
+    rows = patched(report_of(tmp_path / "out"))
+    assert [role for role, row in rows.items() if row["patched"] == 0] == ["mlp"]
+
+
+def test_section_of_the_shipped_ddp_config_on_two_processes(run, config, tmp_path):
+    run(PROGRAMS / "accelerate", "launch", "--config_file", config("ddp"), SCRIPTS / "trainer.py", tmp_path / "out")
+    assert_all_patched(report_of(tmp_path / "out"))
+
+
+def test_portable_spelling(run, config, tmp_path):
+    portable, report = config("single", hf_turbo=None, mpirun_config={"hf_turbo": True}), tmp_path / "report.json"
+    launch = (PROGRAMS / "accelerate", "launch", "--config_file", portable)
+    run(*launch, SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
+    assert_all_patched(report)
+
+
+def test_hf_turbo_launch(run, config, tmp_path):
+    stock, report = config("single", hf_turbo=None), tmp_path / "report.json"
+    launch = (PROGRAMS / "hf-turbo", "launch", "--config_file", stock)
+    run(*launch, SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
+    assert_all_patched(report)
+
+
+def test_accelerate_loop_without_a_trainer(run, tmp_path):
+    report = tmp_path / "report.json"
+    run(sys.executable, SCRIPTS / "accelerate_loop.py", HF_TURBO="1", HF_TURBO_REPORT=str(report))
+    assert_all_patched(report)
+
+
+def test_installed_but_not_asked_for_is_stock(run, tmp_path):
+    report = tmp_path / "report.json"
+    done = run(sys.executable, SCRIPTS / "trainer.py", tmp_path / "out", HF_TURBO_REPORT=str(report))
+    assert not report_of(tmp_path / "out").exists()
+    assert not report.exists()
+    assert "turbo/" not in done.stdout
