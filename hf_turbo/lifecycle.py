@@ -40,6 +40,12 @@ class _Activation:
         self.training: dict[Any, MetricsCallback | None] = {}
         report.options = asdict(config)
 
+    def change(self, config: TurboConfig) -> None:
+        """Takes other options, as long as no model has been patched by the old ones (a script run under HF_TURBO=1)."""
+        if self.report.models:
+            raise RuntimeError(f"hf_turbo has patched models with {self.config}; call hf_turbo.disable() first")
+        self.config, self.report.options = config, asdict(config)
+
     def start(self) -> None:
         from hf_turbo.patches import engine
 
@@ -126,7 +132,8 @@ def enable(**options: Any) -> Report:
     """Switches hf_turbo on for every Trainer, TRL trainer and Accelerate loop of this process.
 
     Call it anywhere before `trainer.train()`, in any import order, before or after the model exists. Imports nothing
-    heavy. A second call returns the same report and changes nothing.
+    heavier than torch. A second call returns the same report; it changes nothing, except options while no model has
+    been patched.
 
     Args:
         **options: see TurboConfig.
@@ -136,13 +143,13 @@ def enable(**options: Any) -> Report:
 
     Raises:
         TypeError, ValueError: an unknown or impossible option.
-        RuntimeError: already on with other options; call `disable()` first.
+        RuntimeError: models were patched with other options already; call `disable()` first.
     """
     config = TurboConfig.from_options(**options)
     with _STATE.lock:
         if _STATE.enabled is not None:
             if options and config != _STATE.enabled.config:
-                raise RuntimeError(f"hf_turbo is on with {_STATE.enabled.config}; call hf_turbo.disable() first")
+                _STATE.enabled.change(config)
             return _STATE.report
         _STATE.report = Report()
         _STATE.enabled = _Activation(config, _STATE.report)

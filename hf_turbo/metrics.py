@@ -50,7 +50,7 @@ def flops_per_token(model: nn.Module) -> float:
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children()):
             weight = getattr(module, "weight", None)
             trained = weight is not None and weight.requires_grad
-            total += module.in_features * module.out_features * (6 if trained else 4)  # type: ignore[operator]
+            total += int(module.in_features) * int(module.out_features) * (6 if trained else 4)  # type: ignore[arg-type]
         else:
             for bank in module.parameters(recurse=False):
                 if bank.ndim == 3:

@@ -217,7 +217,7 @@ def _empty_forward(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean = torch.empty_like(x[..., 0], dtype=wide)
+    mean = torch.empty_like(x.select(-1, 0), dtype=wide)
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 

@@ -211,7 +211,7 @@ def _empty_forward(
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.empty_like(x, dtype=dtype)
     # One value per row, in the order in which the rows lie; the indexing costs host time.
-    rstd = x.new_empty(x.shape[:-1], dtype=wide) if x.is_contiguous() else torch.empty_like(x[..., 0], dtype=wide)
+    rstd = x.new_empty(x.shape[:-1], dtype=wide) if x.is_contiguous() else torch.empty_like(x.select(-1, 0), dtype=wide)
     return y, rstd
 
 

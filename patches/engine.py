@@ -130,6 +130,11 @@ def look_like(replacement: Any, stock: Any) -> None:
         setattr(replacement, attribute, getattr(stock, attribute))
 
 
+def forward_of(cls: type) -> Callable[..., Any]:
+    """The (unbound) forward of a module class; for a class of ours, the stock one."""
+    return getattr(cls, "_hf_turbo_stock_forward", None) or cls.forward  # type: ignore[attr-defined]
+
+
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -141,15 +146,15 @@ def same_name_subclass(base: type, make_forward: MakeForward) -> type:
         base: the stock class of a module.
         make_forward: takes the stock (unbound) forward, returns the replacement, which falls back to it.
     """
-    stock = base.forward
+    stock = forward_of(base)
     forward = make_forward(stock)
     look_like(forward, stock)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles and copies name the stock class: ours cannot be found by name, and must not be saved. Not
         # copyreg.__newobj__, for which pickle insists on the object's own class.
-        _, _, *state = super(subclass, self).__reduce_ex__(protocol)
-        return (copyreg._reconstructor, (base, object, None), *state)  # type: ignore[attr-defined]
+        reduced: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        return (copyreg._reconstructor, (base, object, None), *reduced[2:])  # type: ignore[attr-defined]
 
     namespace = {
         "__module__": base.__module__,
@@ -159,7 +164,7 @@ def same_name_subclass(base: type, make_forward: MakeForward) -> type:
         "forward": forward,
         "_hf_turbo_stock_forward": stock,
     }
-    subclass = type(base)(base.__name__, (base,), namespace)
+    subclass: type = type(base)(base.__name__, (base,), namespace)
     return subclass
 
 

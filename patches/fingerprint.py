@@ -93,5 +93,5 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
 
 def class_fingerprint(cls: type, *methods: str) -> str | None:
     """Fingerprints of several methods of a class, joined with "+"; None if one is missing or unreadable."""
-    parts = [fingerprint(getattr(cls, method, None)) for method in methods]  # type: ignore[arg-type]
+    parts = [fingerprint(getattr(cls, method, None)) for method in methods]
     return None if any(part is None for part in parts) else "+".join(part for part in parts if part)

@@ -19,7 +19,17 @@ from hf_turbo.kernels.linear_cross_entropy import linear_cross_entropy
 from torch import nn
 
 from .conflicts import module_conflict
-from .engine import ClassSwap, Exactness, Finding, is_live, is_plain, is_swapped, same_name_subclass, stock_class
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    forward_of,
+    is_live,
+    is_plain,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
 from .fingerprint import fingerprint
 from .logits import LazyLogits
 
@@ -216,8 +226,8 @@ def find(model: nn.Module) -> Finding:
         if reason is not None:
             finding.refuse(reason)
             continue
-        tail = _TAILS[fingerprint(cls.forward) or ""]
-        head: nn.Module = module.lm_head  # type: ignore[assignment]
+        tail = _TAILS[fingerprint(forward_of(cls)) or ""]
+        head = module.lm_head
         finding.patched += 1
         finding.patches.append(ClassSwap(f"loss:{name}", module, same_name_subclass(cls, _make_model_forward_of(tail))))
         finding.patches.append(
@@ -227,7 +237,7 @@ def find(model: nn.Module) -> Finding:
 
 
 def _refusal(module: nn.Module, cls: type) -> str | None:
-    if fingerprint(cls.forward) not in _TAILS:
+    if (fingerprint(forward_of(cls)) or "") not in _TAILS:
         return f"unknown forward of {cls.__name__}"
     head = getattr(module, "lm_head", None)
     if head is None or not hasattr(module, "model"):

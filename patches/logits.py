@@ -8,13 +8,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+_ATTRIBUTES = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")
 _METADATA = {
-    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.device.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    torch.Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
+    *(getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES),
     torch.Tensor.size,
     torch.Tensor.dim,
     torch.Tensor.is_floating_point,
@@ -65,7 +61,7 @@ class LazyLogits(torch.Tensor):
         return func(*tree_map(real, args), **tree_map(real, kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         # Reached only by code that goes under __torch_function__ (C++ callers).
         def real(value: Any) -> Any:
             return value.materialize() if isinstance(value, LazyLogits) else value

@@ -7,6 +7,7 @@ computes its gradients.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from .engine import (
     ClassSwap,
     Exactness,
     Finding,
+    forward_of,
     has_hooks,
     is_live,
     is_plain,
@@ -42,8 +44,9 @@ def _activation(module: nn.Module | None) -> str | None:
     # These hold the function they compute; the pure-Python variants round differently.
     function = getattr(module, "act", None)
     if name == "GELUTanh":
-        is_stock = getattr(function, "func", None) is nn.functional.gelu
-        return "gelu_tanh" if is_stock and function.keywords == {"approximate": "tanh"} else None
+        if not isinstance(function, functools.partial) or function.func is not nn.functional.gelu:
+            return None
+        return "gelu_tanh" if function.keywords == {"approximate": "tanh"} else None
     if name == "GELUActivation":
         return "gelu" if function is nn.functional.gelu else None
     if type(module) is nn.GELU:
@@ -109,7 +112,7 @@ def find(model: nn.Module) -> Finding:
         if is_swapped(module):
             finding.patched += 1
             continue
-        body = fingerprint(cls.forward)
+        body = fingerprint(forward_of(cls))
         reason = module_conflict(module)
         if reason is None and body not in _SPLIT | _PACKED:
             reason = f"unknown forward of {cls.__name__}"

@@ -16,7 +16,17 @@ from hf_turbo.kernels.rms_norm import rms_norm
 from torch import nn
 
 from .conflicts import module_conflict
-from .engine import ClassSwap, Exactness, Finding, is_live, is_plain, is_swapped, same_name_subclass, stock_class
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    forward_of,
+    is_live,
+    is_plain,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
 from .fingerprint import class_fingerprint, fingerprint
 
 
@@ -41,7 +51,7 @@ _FORWARDS_WITH_NORM_METHOD = {
 
 @cache
 def _body(cls: type) -> _Body | None:
-    body = _FORWARDS.get(fingerprint(cls.forward) or "")
+    body = _FORWARDS.get(fingerprint(forward_of(cls)) or "")
     return body or _FORWARDS_WITH_NORM_METHOD.get(class_fingerprint(cls, "forward", "_norm") or "")
 
 

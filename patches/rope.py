@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from hf_turbo.kernels.rope import rope
 from torch import nn
 
-from .engine import AttributePatch, Exactness, Finding, is_live, is_plain
+from .engine import AttributePatch, Exactness, Finding, forward_of, is_live, is_plain
 from .fingerprint import fingerprint
 
 _NAME = "apply_rotary_pos_emb"
@@ -84,7 +84,7 @@ def find(model: nn.Module) -> Finding:
     users: Counter[int] = Counter()
     namespaces: dict[int, dict[str, Any]] = {}
     for module in model.modules():
-        namespace = _namespace(type(module))
+        namespace = _namespace(type(module))  # type: ignore[arg-type]
         if namespace is not None:
             users[id(namespace)] += 1
             namespaces[id(namespace)] = namespace
@@ -109,7 +109,7 @@ def find(model: nn.Module) -> Finding:
 @cache
 def _namespace(cls: type) -> dict[str, Any] | None:
     """Globals in which the class's forward looks up the function, None where it does not."""
-    forward = inspect.unwrap(getattr(cls, "_hf_turbo_stock_forward", cls.forward))
+    forward = inspect.unwrap(forward_of(cls))
     code = getattr(forward, "__code__", None)
     if code is None or _NAME not in code.co_names:
         return None

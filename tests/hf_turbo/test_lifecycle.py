@@ -98,8 +98,17 @@ def test_enable_twice_is_a_no_op():
     state = snapshot()
     assert hf_turbo.enable() is first
     assert_same(state, snapshot())
+
+
+def test_options_may_change_until_a_model_is_patched():
+    """A script with options of its own, run under HF_TURBO=1."""
+    report = hf_turbo.enable()
+    assert hf_turbo.enable(rope=False) is report
+    assert report.options["rope"] is False
+    hf_turbo.patch_model(tiny_model("llama"))
+    assert hf_turbo.enable() is report
     with pytest.raises(RuntimeError, match="disable"):
-        hf_turbo.enable(rope=False)
+        hf_turbo.enable(rope=True)
 
 
 def test_patch_model_twice_patches_once():

@@ -317,17 +317,18 @@ def test_gradcheck():
 
 
 def test_ops_are_well_formed(device):
+    ops = torch.ops.hf_turbo
     logits = randn(4, 11, device=device, dtype=torch.float32)
     targets = torch.tensor([0, 3, 10, 5], device=device)
-    checks = ("test_schema", "test_faketensor")
+    ones, factor = torch.ones(4, device=device), torch.tensor(2.0, device=device)
     transform = (0.5, 3.0, 1.0)
-    torch.library.opcheck(torch.ops.hf_turbo.head_statistics_.default, (logits.clone(), targets, *transform, 1.0, 15), test_utils=checks)
-    ones = torch.ones(4, device=device)
-    torch.library.opcheck(
-        torch.ops.hf_turbo.head_gradient_.default, (logits.clone(), targets, ones, ones, ones, ones, None, *transform), test_utils=checks
-    )
-    factor = torch.tensor(2.0, device=device)
-    torch.library.opcheck(torch.ops.hf_turbo.scaled_cast.default, (logits, factor, torch.bfloat16), test_utils=checks)
+    arguments = {
+        ops.head_statistics_.default: (logits.clone(), targets, *transform, 1.0, 15),
+        ops.head_gradient_.default: (logits.clone(), targets, ones, ones, ones, ones, None, *transform),
+        ops.scaled_cast.default: (logits, factor, torch.bfloat16),
+    }
+    for op, values in arguments.items():
+        torch.library.opcheck(op, values, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu
