@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, register_op, rows_of, use_triton, with_rows
+from ._launch import cdiv, in_rows, launch, register_op, rows_of, use_triton, with_rows
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -249,7 +249,7 @@ def _forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str, dtype
         return h
     rows, inner, (gate, up), strides = _walk(gate, up)
     width = gate.numel() // rows
-    blocks = triton.cdiv(width, _BLOCK)
+    blocks = cdiv(width, _BLOCK)
     launch(
         _forward_kernel,
         (rows * blocks,),
@@ -289,7 +289,7 @@ def _gradients(
         return gradients
     rows, inner, (gate, up, walked_dh), strides = _walk(gate, up, dh)
     width = gate.numel() // rows
-    blocks = triton.cdiv(width, _BLOCK)
+    blocks = cdiv(width, _BLOCK)
     launch(
         _backward_kernel,
         (rows * blocks,),

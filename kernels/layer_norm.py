@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, register_op, rows_of, use_triton, with_rows
+from ._launch import cdiv, in_rows, launch, register_op, rows_of, use_triton, with_rows
 from .rms_norm import MAX_WIDTH, persistent_grid, tile_of
 
 # ---------------------------------------------------------------------------------------------------- torch reference
@@ -234,7 +234,7 @@ def _forward(
     columns, rows, warps = tile_of(width)
     launch(
         _forward_kernel,
-        (triton.cdiv(count, rows * heads), heads),
+        (cdiv(count, rows * heads), heads),
         x.device,
         x,
         weight,
@@ -298,7 +298,7 @@ def _backward(
     width, layout, count, heads = x.shape[-1], rows_of(x), rstd.numel(), _heads(weight)
     dy, dy_outer, dy_inner = in_rows(dy, layout)
     columns, rows, warps = tile_of(width)
-    programs, stages = triton.cdiv(count, rows * heads), 1
+    programs, stages = cdiv(count, rows * heads), 1
     parts: list[torch.Tensor | None] = [None, None]
     if need_dweight or need_dbias:
         limit, stages = persistent_grid(programs * heads, columns * rows * (x.itemsize + dy.itemsize), x.device)

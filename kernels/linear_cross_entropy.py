@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, register_op, use_triton
+from ._launch import cdiv, launch, register_op, use_triton
 
 # Bytes of logits held at a time, and the fewest rows of a chunk. On an H200 the GEMMs of a 2,048-row chunk of a 128k
 # vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB.
@@ -41,6 +41,11 @@ _LEAST_ROWS, _ROW_TILE = 256, 128
 # and these. Maximum and log-sum are kept apart, as adding them would cost digits of every small log-probability.
 OPTIONAL_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _STATISTICS = 7
+
+
+def _bit(name: str) -> int:
+    """The statistics op takes the outputs asked for as bits."""
+    return 1 << OPTIONAL_OUTPUTS.index(name)
 
 
 class LogitTransform(NamedTuple):
@@ -57,6 +62,8 @@ class LogitTransform(NamedTuple):
 def _transform(y: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor | float]:
     """Returns z and dz/dy of fp32 (or fp64) projections."""
     scale, softcap, inv_temperature = transform
+    if transform == LogitTransform():
+        return y, 1.0
     if softcap:
         tanh = torch.tanh(y * (scale / softcap))
         return tanh * (softcap * inv_temperature), (1 - tanh * tanh) * (scale * inv_temperature)
@@ -64,32 +71,40 @@ def _transform(y: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor
 
 
 def _statistics_reference(
-    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad_scale: float
+    logits: torch.Tensor, targets: torch.Tensor, transform: LogitTransform, grad_scale: float, extras: int
 ) -> torch.Tensor:
+    """As the kernel; few passes and little memory, since a chunk of logits is far larger than a CPU's caches."""
     z, slope = _transform(logits.to(_accumulate_dtype(logits.dtype)), transform)
     rows = torch.arange(len(targets), device=targets.device)
+    stats = z.new_empty((_STATISTICS, len(targets)))
+    if extras & _bit("mean_logits"):
+        stats[5] = z.mean(-1)
+    if extras & _bit("is_top1"):
+        stats[6] = z.argmax(-1) == targets
     top = z.amax(-1)
-    shifted = z - top[:, None]
-    p = shifted.exp()
-    total = p.sum(-1)
+    shifted = z.sub_(top[:, None]) if z is not logits else z - top[:, None]
+    target_shifted = shifted[rows, targets]
+    if extras & _bit("entropy"):
+        p = shifted.exp()
+        total = p.sum(-1)
+        # Not a product: a logit of -inf has probability zero, and zero times inf is nan.
+        weighted = torch.linalg.vecdot(p, shifted.clamp_(min=torch.finfo(shifted.dtype).min))
+        stats[3] = total.log() - weighted / total
+    else:
+        p = shifted.exp_()
+        total = p.sum(-1)
     log_total = total.log()
-    p /= total[:, None]
-    entropy = log_total - torch.where(p > 0, p * shifted, p).sum(-1)
-    stats = torch.stack(
-        [
-            shifted[rows, targets] - log_total,
-            top,
-            log_total,
-            entropy,
-            torch.log((p * p).sum(-1)),
-            z.mean(-1),
-            (z.argmax(-1) == targets).to(z.dtype),
-        ]
-    )
+    p.mul_(total.reciprocal()[:, None])
+    stats[0], stats[1], stats[2] = target_shifted - log_total, top, log_total
+    if extras & _bit("log_sum_sq_probs"):
+        stats[4] = torch.linalg.vecdot(p, p).log()
     if grad_scale:
         p.neg_()
         p[rows, targets] += 1
-        logits.copy_(p * slope * grad_scale)
+        if isinstance(slope, torch.Tensor):
+            p.mul_(slope)
+            slope = 1.0
+        torch.mul(p, slope * grad_scale, out=logits)
     return stats
 
 
@@ -265,9 +280,13 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _block(n_cols: int) -> tuple[int, int]:
-    """Columns per step and warps: 16 two-byte elements a thread keep two rows per SM in flight on an H200."""
-    block = min(8192, triton.next_power_of_2(max(n_cols, 16)))
-    return block, max(1, min(16, block // 512))
+    """Columns per step and warps, 16 columns a thread.
+
+    H200, 2,048 rows of 128,256 bf16, forward and gradient with entropy and top-1: 0.60 ms with 2,048 columns, 0.67 with
+    4,096 and 8,192, 0.69 with 16,384.
+    """
+    block = min(2048, triton.next_power_of_2(max(n_cols, 16)))
+    return block, max(1, block // 512)
 
 
 def _statistics_impl(
@@ -281,7 +300,7 @@ def _statistics_impl(
 ) -> torch.Tensor:
     transform = LogitTransform(logit_scale, softcap, inv_temperature)
     if not use_triton(logits) or logits.dtype == torch.float64:
-        return _statistics_reference(logits, targets, transform, grad_scale)
+        return _statistics_reference(logits, targets, transform, grad_scale, extras)
     n_rows, n_cols = logits.shape
     stats = logits.new_empty((_STATISTICS, n_rows), dtype=torch.float32)
     block, warps = _block(n_cols)
@@ -301,10 +320,10 @@ def _statistics_impl(
         grad_scale,
         HAS_SOFTCAP=softcap != 0.0,
         HAS_GRAD=grad_scale != 0.0,
-        HAS_ENTROPY=bool(extras & 1),
-        HAS_SQ_PROBS=bool(extras & 2),
-        HAS_MEAN=bool(extras & 4),
-        HAS_TOP1=bool(extras & 8),
+        HAS_ENTROPY=bool(extras & _bit("entropy")),
+        HAS_SQ_PROBS=bool(extras & _bit("log_sum_sq_probs")),
+        HAS_MEAN=bool(extras & _bit("mean_logits")),
+        HAS_TOP1=bool(extras & _bit("is_top1")),
         BLOCK=block,
         num_warps=warps,
     )
@@ -343,7 +362,7 @@ def _gradient_impl(
     block, warps = _block(n_cols)
     launch(
         _gradient_kernel,
-        (n_rows, triton.cdiv(n_cols, block)),
+        (n_rows, cdiv(n_cols, block)),
         logits.device,
         logits,
         logits.stride(0),
@@ -377,7 +396,7 @@ def _scaled_cast_impl(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype)
         return (x * factor).to(dtype)
     out = torch.empty_like(x, dtype=dtype)
     block = 2048
-    launch(_scaled_cast_kernel, (triton.cdiv(x.numel(), block),), x.device, x, factor, out, x.numel(), BLOCK=block)
+    launch(_scaled_cast_kernel, (cdiv(x.numel(), block),), x.device, x, factor, out, x.numel(), BLOCK=block)
     return out
 
 
@@ -497,7 +516,7 @@ class _LinearLogProb(torch.autograd.Function):
         ahead = any(needs) and (uniform or not (needs[1] or needs[2]))
         # fp16 cannot hold the small probabilities of a large vocabulary; a power of two is exact to undo.
         grad_scale = 0.0 if not ahead else 1024.0 if dtype == torch.float16 else 1.0
-        extras_bits = sum(1 << i for i, name in enumerate(OPTIONAL_OUTPUTS) if name in outputs)
+        extras_bits = sum(map(_bit, outputs))
         with torch.autocast(device_type, enabled=False):
             head = _Head(hidden, weight, bias, dtype)
             gradients = _Gradients(head, needs) if ahead else None

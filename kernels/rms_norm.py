@@ -36,7 +36,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import in_rows, launch, multiprocessors, register_op, rows_of, use_triton, with_rows
+from ._launch import cdiv, in_rows, launch, multiprocessors, register_op, rows_of, use_triton, with_rows
 
 MAX_WIDTH = 65536  # a program holds whole rows in registers
 
@@ -228,7 +228,7 @@ def _forward(
     columns, rows, warps = tile_of(width)
     launch(
         _forward_kernel,
-        (triton.cdiv(count, rows),),
+        (cdiv(count, rows),),
         x.device,
         x,
         weight,
@@ -285,7 +285,7 @@ def _backward(
     width, layout, count = x.shape[-1], rows_of(x), rstd.numel()
     dy, dy_outer, dy_inner = in_rows(dy, layout)
     columns, rows, warps = tile_of(width)
-    programs, stages, partials = triton.cdiv(count, rows), 1, None
+    programs, stages, partials = cdiv(count, rows), 1, None
     if dweight is not None:
         programs, stages = persistent_grid(programs, columns * rows * (x.itemsize + dy.itemsize), x.device)
         partials = torch.empty((programs, width), dtype=torch.float32, device=x.device)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-Tensors = dict[str, torch.Tensor | None]
+Inputs = dict[str, torch.Tensor | None]
+Tensors = dict[str, torch.Tensor]
 
 
 def relative_error(actual: torch.Tensor, reference64: torch.Tensor) -> float:
@@ -34,7 +35,7 @@ def assert_as_exact_as_stock(name: str, turbo: torch.Tensor, stock: torch.Tensor
         raise AssertionError(f"{name}: error {turbo_error:.3e}, stock {stock_error:.3e}, floor {floor:.1e}")
 
 
-def outputs_and_gradients(function: Callable[..., Any], inputs: Tensors, output_gradients: Any = None) -> Tensors:
+def outputs_and_gradients(function: Callable[..., Any], inputs: Inputs, output_gradients: Any = None) -> Tensors:
     """Runs `function(**inputs)` on leaves of its own, then backward.
 
     Args:
@@ -48,23 +49,21 @@ def outputs_and_gradients(function: Callable[..., Any], inputs: Tensors, output_
         name: None if value is None else value.detach().clone().requires_grad_(value.requires_grad)
         for name, value in inputs.items()
     }
-    before = {name: value.detach().clone() for name, value in leaves.items() if value is not None}
+    before = {name: (value, value.detach().clone()) for name, value in leaves.items() if value is not None}
     result = function(**leaves)
     named = {"y": result} if torch.is_tensor(result) else {f"y{i}": y for i, y in enumerate(result) if y is not None}
     outputs = list(named.values())
     starts = [torch.ones_like(y) if output_gradients is None else output_gradients(i, y) for i, y in enumerate(outputs)]
     starts_before = [start.clone() for start in starts]
     differentiated = {name: leaf for name, leaf in leaves.items() if leaf is not None and leaf.requires_grad}
-    reached = [(y, start) for y, start in zip(outputs, starts, strict=True) if y.requires_grad]
+    reached = [i for i, y in enumerate(outputs) if y.requires_grad]
     if reached:
-        torch.autograd.backward(*zip(*reached, strict=True))
-    for name, value in before.items():
-        assert _is_same(leaves[name], value), f"{name} was modified"
+        torch.autograd.backward([outputs[i] for i in reached], [starts[i] for i in reached])
+    for name, (leaf, value) in before.items():
+        assert _is_same(leaf, value), f"{name} was modified"
+        assert (leaf.grad is not None) == leaf.requires_grad, f"{name}: gradient missing or not asked for"
     for start, value in zip(starts, starts_before, strict=True):
         assert _is_same(start, value), "an incoming gradient was modified"
-    for name, leaf in leaves.items():
-        if leaf is not None:
-            assert (leaf.grad is not None) == leaf.requires_grad, f"{name}: gradient missing or not asked for"
     return {name: y.detach() for name, y in named.items()} | {f"d{n}": leaf.grad for n, leaf in differentiated.items()}
 
 
@@ -73,7 +72,7 @@ def _is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def check_against_stock(
-    turbo: Callable[..., Any], stock: Callable[..., Any], reference: Callable[..., Any], inputs: Tensors
+    turbo: Callable[..., Any], stock: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs
 ) -> Tensors:
     """Applies the rule to outputs and gradients of `turbo`; `reference` gets the inputs in float64. Returns turbo's."""
     starts: dict[int, torch.Tensor] = {}

@@ -1,0 +1,158 @@
+"""benchmarks/demo.py on a tiny model on the CPU: what it reports, and that it tells agreement from disagreement."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("matplotlib")
+
+ROOT = Path(__file__).resolve().parent.parent
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] + ' ' + message['content'] + ' <eos> ' }}{% endfor %}"
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module, under its own name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+demo = load(ROOT / "benchmarks" / "demo.py")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with its tokenizer, and tiny dialogues."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    words = ["<pad>", "<eos>", "<unk>", "user", "assistant", *(f"w{i}" for i in range(59))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder / "model")
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    dialogues = [
+        [
+            {
+                "role": ("user", "assistant")[turn % 2],
+                "content": " ".join(f"w{(i * turn + k) % 59}" for k in range(4 + i)),
+            }
+            for turn in range(4)
+        ]
+        for i in range(24)
+    ]
+    lines = "".join(json.dumps({"messages": messages}) + "\n" for messages in dialogues)
+    (folder / "dialogues.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.fixture
+def tiny(folder: Path) -> list[str]:
+    """Arguments that make the demo train the tiny model."""
+    return ["--cpu", "--steps", "5", "--model", str(folder / "model"), "--dataset", str(folder / "dialogues.jsonl")]
+
+
+def test_plain_trainer_example(folder: Path, tmp_path: Path) -> None:
+    """examples/trainer_full.py runs alone; sft_lora.py does in the tests below."""
+    arguments = ["--model", folder / "model", "--dataset", folder / "dialogues.jsonl", "--output-dir", tmp_path / "out"]
+    sizes = ["--cpu", "--dtype", "float32", "--max-steps", "2", "--batch-size", "2", "--max-length", "32"]
+    command = [sys.executable, str(ROOT / "examples" / "trainer_full.py"), *map(str, arguments), *sizes]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "huggingface")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert sum("loss" in entry for entry in history) == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_two_equal_runs_agree_and_are_reported(tiny: list[str], tmp_path: Path) -> None:
+    launchers = {"stock": demo.LAUNCHERS["stock"], "hf_turbo": demo.LAUNCHERS["stock"]}
+    assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["agree"]
+    assert report["largest_difference"] == 0.0
+    for run in report["runs"].values():
+        assert len(run["losses"]) == 5
+        assert len(run["step_ms"]) == 4
+        assert run["tokens_per_second"] > 0
+        assert run["memory_gib"] > 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_different_losses_fail_the_demo(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed stands in for a patch that computes something else."""
+    stock = demo.LAUNCHERS["stock"]
+    launchers = {"stock": stock, "hf_turbo": (*stock, "--seed", "7")}
+    assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
+    assert "disagree" in capsys.readouterr().out
+    assert not json.loads((tmp_path / "report.json").read_text())["agree"]
+
+
+def test_a_failing_script_is_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launchers = {"stock": (*demo.LAUNCHERS["stock"], "--no-such-option")}
+    assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
+    assert "no-such-option" in capsys.readouterr().out
+
+
+def test_tolerance_is_a_rounding_error() -> None:
+    assert demo.tolerance("float32", tokens=500) < 1e-5
+    assert demo.tolerance("bfloat16", tokens=400) == pytest.approx(2 * demo.tolerance("bfloat16", tokens=1600))
+    assert demo.tolerance("bfloat16", tokens=4096) < 2e-3
+
+
+def test_nothing_patched_is_no_demo(tmp_path: Path) -> None:
+    with pytest.raises(demo.DemoError, match="patched nothing"):
+        demo.patched_rows(tmp_path)
+    row = {"role": "norms", "found": 2, "patched": 0}
+    (tmp_path / "hf_turbo_report.json").write_text(json.dumps({"rows": [row]}))
+    with pytest.raises(demo.DemoError, match="patched nothing"):
+        demo.patched_rows(tmp_path)
+    (tmp_path / "hf_turbo_report.json").write_text(json.dumps({"rows": [{**row, "patched": 1}]}))
+    assert demo.patched_rows(tmp_path)
+
+
+@pytest.mark.parametrize("other", [[1.0, float("nan")], [1.0]])
+def test_a_missing_or_broken_loss_is_infinitely_far(other: list[float]) -> None:
+    def run(losses: list[float]) -> object:
+        return demo.Run(losses=losses, step_ms=[], tokens=[], memory_gib=0.0, train_seconds=0.0, cpu_seconds=0.0)
+
+    assert max(demo.differences(run([1.0, 2.0]), run(other))) == float("inf")
+
+
+def test_dialogues_hold_roles_and_text_alone(tmp_path: Path) -> None:
+    pytest.importorskip("chitchat_dataset")
+    path = tmp_path / "dialogues.jsonl"
+    demo.prepare_dialogues(path, count=16)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 16
+    for row in rows:
+        assert set(row) == {"messages"}
+        assert len(row["messages"]) >= 4
+        assert all(set(message) == {"role", "content"} and message["content"] for message in row["messages"])
+        assert [message["role"] for message in row["messages"][:3]] == ["user", "assistant", "user"]
