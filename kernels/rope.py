@@ -110,8 +110,9 @@ def _turn(
         else:
             x1 = tl.load(x_base + pair[None, :], mask=mask, other=0.0).to(tl.float32)
             x2 = tl.load(x_base + HALF + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-        out1 = x1 * cos1 - x2 * sin1
-        out2 = x2 * cos2 + x1 * sin2
+        # Which product is fused is said here, so that the bits do not depend on strides or on the compiler.
+        out1 = tl.fma(x1, cos1, -(x2 * sin1))
+        out2 = tl.fma(x2, cos2, x1 * sin2)
         if INTERLEAVED:
             out = tl.reshape(tl.join(out1, out2), (HEAD_BLOCK, 2 * PAIRS))
             tl.store(out_base + column, out.to(out_ptr.dtype.element_ty), mask=both)

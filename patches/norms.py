@@ -95,8 +95,10 @@ def find(model: nn.Module) -> Finding:
         reason = module_conflict(module)
         if reason is None and body is None:
             reason = f"unknown forward of {cls.__name__}"
-        if reason is None and getattr(getattr(module, "weight", None), "ndim", 1) != 1:
-            reason = "weight is not a vector"
+        if reason is None and getattr(getattr(module, "weight", None), "ndim", 1) > (
+            2 if body and body.centered else 1
+        ):
+            reason = "weight has too many dimensions"
         if reason is not None or body is None:
             finding.refuse(reason or "")
             continue
