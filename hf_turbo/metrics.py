@@ -74,7 +74,8 @@ def flops_per_pair(model: nn.Module) -> float:
 def _peak_memory_gib(device: torch.device) -> float:
     """Peak allocated device memory, or the process's peak resident set on CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        # torch.cuda.max_memory_allocated flattens and sorts all statistics first: a millisecond of every logged step.
+        return torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"] / 2**30
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -86,8 +87,8 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, device: torch.device):
         self._model, self._device, self._peak = model, device, peak_flops(device)
-        self._tokens: torch.Tensor | int = 0
-        self._pairs: torch.Tensor | int = 0
+        self._counts: torch.Tensor | None = None  # tokens, pairs
+        self._flops: tuple[float, float] | None = None  # per token, per pair
         self._since: float | None = None
 
     def count(self, batches: list[Any]) -> None:
@@ -104,22 +105,25 @@ class MetricsCallback(TrainerCallback):
                 lengths = ids.new_full((ids.shape[0],), ids.shape[-1])
             else:
                 continue
-            packed = mask is None and isinstance(positions, torch.Tensor)
-            self._tokens = self._tokens + lengths.sum()
-            self._pairs = self._pairs + ((positions + 1).sum() if packed else (lengths * (lengths + 1) // 2).sum())
+            if mask is None and isinstance(positions, torch.Tensor):
+                counts = torch.stack([lengths.sum(), (positions + 1).sum()])
+            else:
+                counts = torch.stack([lengths, lengths * (lengths + 1) // 2]).sum(-1)
+            self._counts = counts if self._counts is None else self._counts + counts
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or self._since is None:
             return
-        tokens, pairs = int(self._tokens), int(self._pairs)
+        tokens, pairs = (0, 0) if self._counts is None else self._counts.tolist()
         now = time.perf_counter()
         seconds = now - self._since
         figures = {"turbo/tokens_per_second": tokens / seconds, "turbo/peak_memory_gib": _peak_memory_gib(self._device)}
         if self._peak is not None:
-            flops = tokens * flops_per_token(self._model) + pairs * flops_per_pair(self._model)
-            figures["turbo/mfu"] = flops / seconds / self._peak
+            if self._flops is None:
+                self._flops = flops_per_token(self._model), flops_per_pair(self._model)
+            figures["turbo/mfu"] = (tokens * self._flops[0] + pairs * self._flops[1]) / seconds / self._peak
         figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
-        self._tokens, self._pairs, self._since = 0, 0, now
+        self._counts, self._since = None, now

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 
 from ._launch import cdiv, in_rows, launch, register_op, rows_of, use_triton, with_rows
-from .rms_norm import MAX_WIDTH, persistent_grid, tile_of
+from .rms_norm import MAX_WIDTH, persistent_grid, sum_partials, tile_of
 
 # ---------------------------------------------------------------------------------------------------- torch reference
 
@@ -301,7 +301,9 @@ def _backward(
     programs, stages = cdiv(count, rows * heads), 1
     parts: list[torch.Tensor | None] = [None, None]
     if need_dweight or need_dbias:
-        limit, stages = persistent_grid(programs * heads, columns * rows * (x.itemsize + dy.itemsize), x.device)
+        limit, stages = persistent_grid(
+            programs * heads, columns * rows, columns * rows * (x.itemsize + dy.itemsize), x.device
+        )
         programs = min(programs, max(1, limit // heads))
         parts = [
             torch.empty((programs, heads, width), dtype=torch.float32, device=x.device) if needed else None
@@ -334,7 +336,7 @@ def _backward(
     for parameter_gradient, part in zip(gradients[1:], parts, strict=True):
         if part is not None:
             # dbias [H] also sums over the heads of a two-dimensional weight.
-            parameter_gradient.copy_(part.view(-1, *parameter_gradient.shape).sum(0))
+            sum_partials(part.view(-1, *parameter_gradient.shape), parameter_gradient)
     return gradients
 
 

@@ -34,6 +34,9 @@ _PARAMETERS = (
 # SFTTrainer.compute_loss of TRL 1.15 and 1.16: with loss_type "nll" the loss is the sum of all log-probabilities times
 # one number, so every row has the same upstream gradient.
 _UNIFORM_LOSSES = {"0a01dcdc58fb"}
+# TRL's add_fused_lm_head, 1.15 and 1.16: it passes the labelled rows only, in 1.16 where `_use_triton(device)` says so.
+# Elsewhere it passes all rows and masks what comes out, so that masked rows have an upstream gradient of zero.
+_FUSED_HEADS = {"5b35e9d3c60c", "a3410d936edf"}
 # Heads trained with such a loss, by id.
 _UNIFORM_HEADS: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
 
@@ -77,7 +80,7 @@ def _replacement(stock: Any) -> type:
                 bias,
                 transform=LogitTransform(logit_scale, final_logit_softcapping or 0.0, 1.0 / temperature),
                 outputs=extras,
-                uniform=_UNIFORM_HEADS.get(id(weight)) is weight,
+                uniform=_UNIFORM_HEADS.get(id(weight)) is weight and _passes_labelled_rows_only(hidden.device),
             )
 
     return ChunkedLogProbFunction
@@ -101,9 +104,15 @@ class _UniformHead(Patch):
         return True
 
 
+def _passes_labelled_rows_only(device: torch.device) -> bool:
+    use_triton = getattr(sys.modules[MODULE], "_use_triton", None)
+    return use_triton is None or bool(use_triton(device))
+
+
 def _weights_rows_alike(trainer: Any) -> bool:
     return (
-        fingerprint(type(trainer).compute_loss) in _UNIFORM_LOSSES
+        fingerprint(sys.modules[MODULE].add_fused_lm_head) in _FUSED_HEADS
+        and fingerprint(type(trainer).compute_loss) in _UNIFORM_LOSSES
         and getattr(trainer.args, "loss_type", None) == "nll"
         and getattr(trainer, "compute_loss_func", None) is None
         and getattr(trainer, "label_smoother", None) is None

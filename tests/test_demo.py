@@ -140,7 +140,7 @@ def test_nothing_patched_is_no_demo(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [[1.0, float("nan")], [1.0]])
 def test_a_missing_or_broken_loss_is_infinitely_far(other: list[float]) -> None:
     def run(losses: list[float]) -> object:
-        return demo.Run(losses=losses, step_ms=[], tokens=[], memory_gib=0.0, train_seconds=0.0, cpu_seconds=0.0)
+        return demo.Run(losses=losses, step_ms=[], tokens=[], memory_gib=0.0, train_seconds=0.0)
 
     assert max(demo.differences(run([1.0, 2.0]), run(other))) == float("inf")
 

@@ -6,9 +6,9 @@ run in fp64 from the same weights, of many draws of model and batch taken as one
 Why many draws: the error of one tensor in one draw is luck, above all in a norm's weight or a bias of a few elements,
 where ratios of 2 either way are common. Ten draws of a model of two layers make 20 of each tensor inside a layer. The
 worst ratio over all families, tensors and precisions is then 1.05 (1.00 with 40 draws), so 1.1 is no matter of luck,
-while a gradient that is off by 1 % is 10,000 times too far off in fp32. As one vector, and not as a mean of relative errors:
-where a gradient nearly cancels (a key's bias), its relative error is as large as chance wants. A loss is one number
-per draw, so losses of all families go together: 160 numbers.
+while a gradient that is off by 1 % is 10,000 times too far off in fp32. As one vector, and not as a mean of relative
+errors: where a gradient nearly cancels (a key's bias), its relative error is as large as chance wants. A loss is one
+number per draw, so losses of all families go together: 160 numbers.
 
 Weights are bf16 numbers in all three precisions, so that one fp64 run judges them all. The experts of mixtures are all
 used: a router that rounds another way picks other experts, which is an error of no size to speak of, but of any ratio.
@@ -30,6 +30,7 @@ from hf_turbo.patches import head as head_patches
 from hf_turbo.patches import mlp as mlp_patches
 from hf_turbo.patches import norms as norm_patches
 from hf_turbo.patches import rope as rope_patches
+from transformers import PreTrainedModel
 
 import hf_turbo
 from tests.models import FAMILIES, STOCK_ROLES, batch, loss_and_gradients, reference64, tiny_model
@@ -253,7 +254,7 @@ def test_one_role_alone(role, family):
 @pytest.mark.parametrize("role", ALONE)
 def test_one_role_alone_in_low_precision(role, precision):
     """All gradients of all its families together: with one role patched, most roundings are stock's own, but fall
-    another way, all tensors' at once, and ten draws of one family are then luck (1.12 for RoPE of glm4, 1.03 with 48)."""
+    another way, all tensors' at once; ten draws of one family are then luck (1.12 for RoPE of glm4, 1.03 with 48)."""
     measured = {
         family: ([d.errors(precision, role) for d in draws(family)], [d.stock[precision] for d in draws(family)])
         for family in ALONE[role]
@@ -308,6 +309,8 @@ def test_frozen_weights(family, frozen):
 @pytest.mark.parametrize("family", SUBSET)
 def test_checkpointing(family, use_reentrant, api, precision, monkeypatch):
     """Recomputed layers run fused as well, and give the bits that they gave without recomputation."""
+    if not hasattr(PreTrainedModel, api):
+        pytest.skip(f"this transformers has no {api} yet")
     calls, op = [], norm_patches.rms_norm
     monkeypatch.setattr(norm_patches, "rms_norm", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
     model = tiny_model(family, torch.bfloat16 if precision == "bf16" else torch.float32)

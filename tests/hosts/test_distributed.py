@@ -1,0 +1,252 @@
+"""Two processes over gloo: Trainer under DDP, and FSDP2 with accelerate's grouping, stock and turbo.
+
+FSDP2 is applied by hand (decoder layers; embeddings; final norm and head together; the rest), as accelerate offers it
+on accelerators only. Every check is made in the workers' results, so that a failure shows in the parent with numbers.
+
+The rule is that of test_training_curves.py: turbo's distance from stock is at most 3 times that of a stock run from
+weights that are all off by one unit roundoff, plus one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+FACTOR = 3
+EPS = torch.finfo(torch.float32).eps
+STEPS = 8
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(worker: Any, folder: Path) -> list[Any]:
+    """Runs the worker as two ranks; returns what they left."""
+    mp.spawn(worker, args=(free_port(), str(folder)), nprocs=2)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def set_up(rank: int, port: int) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(1)
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """Every weight by one unit roundoff, up or down."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + EPS / 2 * (torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1))
+
+
+def assert_no_drift(results: dict[str, dict[str, torch.Tensor]], what: str) -> None:
+    """The rule, for each named tensor of the runs called stock, perturbed and turbo."""
+    failures = []
+    assert results["stock"].keys() == results["turbo"].keys()
+    for name, stock in results["stock"].items():
+        stock = stock.double()
+        turbo_distance = (results["turbo"][name].double() - stock).norm().item()
+        noise = (results["perturbed"][name].double() - stock).norm().item()
+        if not turbo_distance <= FACTOR * noise + EPS * stock.norm().item():
+            failures.append(f"{name}: {turbo_distance:.3e} from stock, perturbed stock {noise:.3e}")
+    assert not failures, "\n".join([what, *failures])
+
+
+# ------------------------------------------------------------------------------------------------ DDP
+
+
+def ddp_worker(rank: int, port: int, folder: str) -> None:
+    set_up(rank, port)
+    from transformers import Trainer, TrainingArguments, set_seed
+
+    import hf_turbo
+    from tests.models import batch, tiny_model
+
+    # Rows of different numbers of labels: the ranks must agree on the denominator.
+    rows = []
+    for i in range(32):
+        row = {name: value[0] for name, value in batch(rows=1, length=14, seed=i, masked=False).items()}
+        row["labels"][: i % 11] = -100
+        rows.append(row)
+    runs, reports = {}, {}
+    for name in ("stock", "perturbed", "turbo", "after"):
+        set_seed(0)
+        model = tiny_model("qwen3")
+        if name == "perturbed":
+            perturb(model)
+        arguments = TrainingArguments(
+            output_dir=f"{folder}/{name}",
+            max_steps=STEPS,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=0.05,
+            optim="sgd",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        if name == "turbo":
+            hf_turbo.enable(report=False)
+        trainer.train()
+        if name == "turbo":
+            reports = {row.role: (row.found, row.patched) for row in hf_turbo.report().rows}
+            hf_turbo.disable()
+        logs = trainer.state.log_history
+        runs[name] = {key: torch.tensor([log[key] for log in logs if key in log]) for key in ("loss", "grad_norm")}
+        runs[name] |= {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+    assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
+    torch.save({"runs": runs, "report": reports}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_trainer_under_ddp(tmp_path):
+    ranks = start(ddp_worker, tmp_path)
+    for rank, result in enumerate(ranks):
+        assert result["report"] == {"norms": (9, 9), "mlp": (2, 2), "rope": (2, 2), "loss": (1, 1)}
+        assert len(result["runs"]["stock"]["loss"]) == STEPS
+        assert_no_drift(result["runs"], f"rank {rank}")
+        for name, value in result["runs"]["stock"].items():
+            assert torch.equal(result["runs"]["after"][name], value), f"{name}: not stock after disable()"
+    for name, value in ranks[0]["runs"]["turbo"].items():
+        assert torch.equal(ranks[1]["runs"]["turbo"][name], value), f"{name}: ranks differ"
+
+
+# ------------------------------------------------------------------------------------------------ FSDP2
+
+
+def shard(model: Any) -> None:
+    """As `accelerate.utils.fsdp_utils.fsdp2_prepare_model`."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model.model.embed_tokens, mesh=mesh)
+    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+
+
+def train_sharded(model: Any, rank: int, steps: int) -> dict[str, torch.Tensor]:
+    """Losses, the gradients of the first step and the final weights, gathered."""
+    from tests.models import batch
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses, gradients = [], {}
+    for step in range(steps):
+        loss = model(**batch(seed=2 * step + rank)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        if step == 0:
+            gradients = {f"gradient of {n}": p.grad.full_tensor().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
+    return {"loss": torch.stack(losses), **gradients, **weights}
+
+
+def fsdp_worker(rank: int, port: int, folder: str) -> None:
+    set_up(rank, port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from hf_turbo.patches import head, mlp, norms, rope
+
+    import hf_turbo
+    from tests.models import tiny_model
+
+    runs, calls = {}, {}
+    for name in ("stock", "perturbed", "turbo"):
+        model = tiny_model("qwen3")
+        if name == "perturbed":
+            perturb(model)
+        if name == "turbo":
+            for module, op in (
+                (norms, "rms_norm"),
+                (mlp, "glu_linear"),
+                (rope, "rope"),
+                (head, "linear_cross_entropy"),
+            ):
+                count_calls(module, op, calls)
+            hf_turbo.patch_model(model)
+        shard(model)
+        runs[name] = train_sharded(model, rank, STEPS)
+    counted = dict(calls)
+
+    # The model that was sharded while patched, against one that never was.
+    hf_turbo.disable()
+    after = {"turbo": train_sharded(model, rank, 2)}
+    twin = tiny_model("qwen3")
+    twin.load_state_dict(
+        {name: value for name, value in runs["turbo"].items() if name in dict(twin.named_parameters())}
+    )
+    shard(twin)
+    after["stock"] = train_sharded(twin, rank, 2)
+    called_after = {op: calls[op] - counted[op] for op in calls}
+
+    # Sharded first, patched afterwards: nothing is known to work, so all that holds parameters stays stock.
+    late = tiny_model("qwen3")
+    shard(late)
+    hf_turbo.patch_model(late)
+    runs["late"] = train_sharded(late, rank, STEPS)
+    reasons = {row.role: (row.patched, row.reason) for row in hf_turbo.report().rows}
+    hf_turbo.disable()
+    torch.save(
+        {"runs": runs, "calls": counted, "after": after, "called_after": called_after, "late": reasons},
+        f"{folder}/rank{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def count_calls(module: Any, name: str, calls: dict[str, int]) -> None:
+    op = getattr(module, name)
+    calls[name] = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        return op(*args, **kwargs)
+
+    setattr(module, name, counted)
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return start(fsdp_worker, tmp_path_factory.mktemp("fsdp"))
+
+
+def test_fsdp2_runs_fused_and_right(fsdp):
+    for rank, result in enumerate(fsdp):
+        assert result["calls"]["rms_norm"] == 9 * STEPS
+        assert result["calls"]["rope"] == 2 * STEPS
+        assert result["calls"]["glu_linear"] > 0
+        assert result["calls"]["linear_cross_entropy"] == STEPS
+        assert_no_drift({name: result["runs"][name] for name in ("stock", "perturbed", "turbo")}, f"rank {rank}")
+
+
+def test_fsdp2_after_disable_is_stock(fsdp):
+    """FSDP has made classes of its own out of ours, which cannot be put back; the switch alone makes them stock."""
+    for result in fsdp:
+        assert set(result["called_after"].values()) == {0}
+        for name, value in result["after"]["stock"].items():
+            assert torch.equal(result["after"]["turbo"][name], value), name
+
+
+def test_model_that_is_sharded_already(fsdp):
+    """Patched or not with a reason, and right either way."""
+    for rank, result in enumerate(fsdp):
+        assert all(patched or reason for patched, reason in result["late"].values())
+        runs = {**{name: result["runs"][name] for name in ("stock", "perturbed")}, "turbo": result["runs"]["late"]}
+        assert_no_drift(runs, f"rank {rank}")

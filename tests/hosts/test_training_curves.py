@@ -1,0 +1,337 @@
+"""Whole training runs, stock and turbo: every logged number, final weights, files, and resuming each other's runs.
+
+No run is compared by a tolerance of our choice. A training run magnifies the smallest difference, so each scenario also
+trains a third time: stock, from weights of which every one is off by one unit roundoff of the precision in use. How far
+that run departs from the first is what the scenario makes of a rounding error. The rule: the root mean square distance
+of turbo from stock, over all logged values of a name, is at most 3 times that. Each distance is one draw of chance;
+measured over all names and scenarios, turbo's is 0.2 to 1.4 times the other.
+
+A wrong gradient cannot hide: 1 % is 100,000 roundoffs in fp32. Adam divides a gradient's scale out of the weights, but
+the logged gradient norm shows it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from trl import SFTConfig, SFTTrainer
+
+import hf_turbo
+from tests.models import VOCABULARY, tiny_model
+
+STEPS, SAVE_STEPS = 100, 50
+ROWS, FACTOR = 48, 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads on tiny tensors cost more than they bring, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def sentence(row: int) -> list[int]:
+    """Token ids with a rule to be learnt, from 6 to 14 of them."""
+    return [3 + (5 * row + 7 * i) % (VOCABULARY - 3) for i in range(6 + row % 9)]
+
+
+def padded_rows(first: int, count: int) -> list[dict[str, torch.Tensor]]:
+    """For a plain Trainer: padded on the right, the first two tokens masked."""
+    rows = []
+    for row in range(first, first + count):
+        ids = sentence(row)
+        padding = 14 - len(ids)
+        rows.append(
+            {
+                "input_ids": torch.tensor(ids + [0] * padding),
+                "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
+                "labels": torch.tensor([-100, -100, *ids[2:]] + [-100] * padding),
+            }
+        )
+    return rows
+
+
+def prompts_and_completions(first: int, count: int) -> Dataset:
+    """For SFTTrainer, which masks the prompts and pads by itself."""
+    words = [[f"w{i}" for i in sentence(row)] for row in range(first, first + count)]
+    rows = [{"prompt": " ".join(w[:3]), "completion": " " + " ".join(w[3:])} for w in words]
+    return Dataset.from_list(rows)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
+    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>")
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@dataclass(frozen=True)
+class Scenario:
+    trainer: str  # trainer, sft, sft-lora
+    bf16: bool
+    checkpointing: bool
+
+    def __str__(self) -> str:
+        return f"{self.trainer}-{'bf16' if self.bf16 else 'fp32'}{'-checkpointing' if self.checkpointing else ''}"
+
+
+@dataclass
+class Run:
+    """What a training run left behind."""
+
+    folder: Path
+    logs: list[dict[str, Any]]
+    weights: dict[str, torch.Tensor]
+    batches: list[list[list[int]]]
+    global_step: int
+    scheduler: dict[str, Any]
+    report: list[Any] = field(default_factory=list)
+
+    def curve(self, name: str, after: int = 0) -> torch.Tensor:
+        """Logged values of one name, from steps after the given one."""
+        return torch.tensor([log[name] for log in self.logs if name in log and log["step"] > after]).double()
+
+
+def make_trainer(scenario: Scenario, folder: Path, roundoffs: int) -> Trainer:
+    set_seed(0)
+    model = tiny_model("qwen3" if scenario.trainer == "trainer" else "llama")
+    unit = torch.finfo(torch.bfloat16 if scenario.bf16 else torch.float32).eps / 2
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
+            parameter.mul_(1 + roundoffs * unit * signs)
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3,
+        "warmup_steps": 5,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 20,
+        "save_strategy": "steps",
+        "save_steps": SAVE_STEPS,
+        "bf16": scenario.bf16,
+        "gradient_checkpointing": scenario.checkpointing,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+    }
+    if scenario.trainer == "trainer":
+        data = padded_rows(0, ROWS)
+        trainer = Trainer(model, TrainingArguments(**arguments), train_dataset=data, eval_dataset=padded_rows(ROWS, 8))
+    else:
+        lora = LoraConfig(target_modules="all-linear", r=4, lora_dropout=0.0, task_type="CAUSAL_LM")
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(**arguments, max_length=32),
+            train_dataset=prompts_and_completions(0, ROWS),
+            eval_dataset=prompts_and_completions(ROWS, 8),
+            processing_class=tokenizer(),
+            peft_config=lora if scenario.trainer == "sft-lora" else None,
+        )
+    return trainer
+
+
+def train(
+    scenario: Scenario, folder: Path, *, turbo: bool = False, roundoffs: int = 0, resume: Path | None = None
+) -> Run:
+    trainer = make_trainer(scenario, folder, roundoffs)
+    batches, collate = [], trainer.data_collator
+
+    def recording(rows: list[Any]) -> Any:
+        batch = collate(rows)
+        batches.append(batch["input_ids"].tolist())
+        return batch
+
+    trainer.data_collator = recording
+    report = []
+    with hf_turbo.session(report=False) if turbo else nullcontext() as live:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if turbo:
+            report = live.rows
+            trainer.model.save_pretrained(folder / "saved while patched")
+    return Run(
+        folder,
+        trainer.state.log_history,
+        {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()},
+        batches,
+        trainer.state.global_step,
+        trainer.lr_scheduler.state_dict(),
+        report,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(stock, stock from perturbed weights, turbo) of a scenario, made once."""
+
+    @cache
+    def make(scenario: Scenario) -> tuple[Run, Run, Run]:
+        folder = tmp_path_factory.mktemp(str(scenario))
+        skip_if_stock_cannot_run(scenario)
+        stock = train(scenario, folder / "stock")
+        perturbed = train(scenario, folder / "perturbed", roundoffs=1)
+        return stock, perturbed, train(scenario, folder / "turbo", turbo=True)
+
+    return make
+
+
+@cache
+def fused_head_runs_here() -> bool:
+    """Whether stock TRL can compute a loss: 1.15 runs its Triton kernel on CPU tensors too, 1.16 has a way without."""
+    from trl.trainer.utils import _ChunkedLogProbFunction
+
+    try:
+        _ChunkedLogProbFunction.apply(torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8)
+    except RuntimeError as error:
+        if "0 active drivers" not in str(error):
+            raise
+        return False
+    return True
+
+
+def skip_if_stock_cannot_run(scenario: Scenario) -> None:
+    if scenario.trainer != "trainer" and not fused_head_runs_here():
+        pytest.skip("the fused head of this TRL needs a GPU even in stock (Triton: 0 active drivers)")
+
+
+# ------------------------------------------------------------------------------------------------ the rule
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert a.numel()
+    return (a - b).square().mean().sqrt().item()
+
+
+def assert_no_drift(stock: Run, perturbed: Run, turbo: Run, names: set[str], after: int = 0) -> None:
+    """The rule of the module for curves; the floor is what a logged number cannot show."""
+    failures = []
+    for name in sorted(names):
+        a, b, c = (run.curve(name, after) for run in (stock, perturbed, turbo))
+        floor = torch.finfo(torch.float32).eps * a.abs().mean().item()
+        bound = FACTOR * distance(a, b) + floor
+        if not distance(a, c) <= bound:
+            failures.append(f"{name}: {distance(a, c):.3e} from stock, perturbed stock {distance(a, b):.3e}")
+    assert not failures, "\n".join(failures)
+
+
+def vector(run: Run) -> torch.Tensor:
+    return torch.cat([weight.double().flatten() for weight in run.weights.values()])
+
+
+SCENARIOS = [
+    Scenario("trainer", bf16=False, checkpointing=False),
+    Scenario("trainer", bf16=True, checkpointing=True),
+    Scenario("sft", bf16=False, checkpointing=True),
+    Scenario("sft", bf16=True, checkpointing=False),
+    Scenario("sft-lora", bf16=False, checkpointing=False),
+    Scenario("sft-lora", bf16=True, checkpointing=True),
+]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_curves_and_weights(runs, scenario):
+    stock, perturbed, turbo = runs(scenario)
+    assert [(row.role, row.patched) for row in turbo.report if not row.patched] == []
+    names = {name for log in stock.logs for name in log}
+    continuous = {"loss", "grad_norm", "eval_loss", "train_loss"} & names
+    if scenario.trainer != "trainer":
+        continuous |= {"entropy", "mean_token_accuracy", "eval_entropy", "eval_mean_token_accuracy"}
+        assert turbo.curve("num_tokens").tolist() == stock.curve("num_tokens").tolist()
+    assert continuous <= names
+    assert len(stock.curve("loss")) == STEPS
+    assert_no_drift(stock, perturbed, turbo, continuous)
+    drift, noise = distance(vector(stock), vector(turbo)), distance(vector(stock), vector(perturbed))
+    assert drift <= FACTOR * noise, f"final weights: {drift:.3e} from stock, perturbed stock {noise:.3e}"
+    assert stock.curve("loss")[-10:].mean() < stock.curve("loss")[:10].mean(), "nothing was learnt: nothing was tested"
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_what_must_not_change_at_all(runs, scenario):
+    """Names of metrics, the order of samples, the schedule."""
+    stock, _, turbo = runs(scenario)
+    assert len(turbo.logs) == len(stock.logs)
+    for ours, theirs in zip(turbo.logs, stock.logs, strict=True):
+        assert [name for name in ours if not name.startswith("turbo/")] == list(theirs)
+        for name in ("step", "epoch", "learning_rate", "num_tokens"):
+            assert ours.get(name) == theirs.get(name)
+    assert turbo.batches == stock.batches
+    assert turbo.global_step == stock.global_step == STEPS
+    assert turbo.scheduler == stock.scheduler
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_saved_files_know_nothing_of_hf_turbo(runs, scenario):
+    """The same files with the same contents but for numbers, and no pickle that names a class of ours."""
+    stock, _, turbo = runs(scenario)
+    for step in (SAVE_STEPS, STEPS):
+        ours, theirs = (run.folder / f"checkpoint-{step}" for run in (turbo, stock))
+        assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
+        for file in ours.iterdir():
+            assert b"hf_turbo" not in file.read_bytes(), file.name
+            if file.suffix == ".json" and file.name != "trainer_state.json":
+                assert json.loads(file.read_text()) == json.loads((theirs / file.name).read_text()), file.name
+        if scenario.trainer != "sft-lora":
+            assert json.loads((ours / "config.json").read_text())["architectures"] in (
+                ["Qwen3ForCausalLM"],
+                ["LlamaForCausalLM"],
+            )
+            assert_loads_as_stock(ours, turbo)
+    for name, value in weights_of(turbo.folder / "saved while patched").items():
+        assert torch.equal(value, weights_of(turbo.folder / f"checkpoint-{STEPS}")[name]), name
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
+def assert_loads_as_stock(folder: Path, run: Run) -> None:
+    model, information = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not information["missing_keys"]
+    assert not information["unexpected_keys"]
+    assert all("_hf_turbo_stock_forward" not in vars(type(module)) for module in model.modules())
+    if folder.name == f"checkpoint-{STEPS}":
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, run.weights[name]), name
+
+
+@pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[1], SCENARIOS[4]], ids=str)
+@pytest.mark.parametrize("begun", ["stock", "turbo"])
+def test_a_run_begun_by_the_other_resumes_on_the_same_curve(runs, scenario, begun, tmp_path):
+    stock, perturbed, turbo = runs(scenario)
+    half = (stock if begun == "stock" else turbo).folder / f"checkpoint-{SAVE_STEPS}"
+    resumed = train(scenario, tmp_path, turbo=begun == "stock", resume=half)
+    assert resumed.global_step == STEPS
+    assert resumed.scheduler == stock.scheduler
+    # Stock fetches the batches of an epoch up to the one it resumes at, and drops them.
+    assert resumed.batches[-SAVE_STEPS * 2 :] == stock.batches[-SAVE_STEPS * 2 :]
+    assert_no_drift(stock, perturbed, resumed, {"loss", "grad_norm", "eval_loss"}, after=SAVE_STEPS)
+    drift, noise = distance(vector(stock), vector(resumed)), distance(vector(stock), vector(perturbed))
+    assert drift <= FACTOR * noise, f"final weights: {drift:.3e} from stock, perturbed stock {noise:.3e}"
