@@ -11,12 +11,13 @@ from .config import TurboConfig
 
 
 class TurboCallback(TrainerCallback):
-    """Runs the trainer that carries it under hf_turbo; everything else in the process stays stock.
+    """Runs the trainer that carries it under hf_turbo; other trainers of the process stay stock.
 
         Trainer(..., callbacks=[TurboCallback()])
 
-    The same features as `enable()`, from the entry of `trainer.train()` to its end, when all is put back. A callback is
-    given no trainer, so making one hooks `Trainer.train`, which acts only for trainers that carry a TurboCallback.
+    The same features as `enable()`, from the entry of `trainer.train()` to its end, when the model is put back. A
+    callback is given no trainer, so making one hooks `Trainer.train`, which acts only for trainers that carry a
+    TurboCallback; `hf_turbo.disable()` removes the hook.
 
     Args:
         **options: see TurboConfig.
@@ -25,3 +26,6 @@ class TurboCallback(TrainerCallback):
     def __init__(self, **options: Any):
         self.config = TurboConfig.from_options(**options)
         lifecycle.hook_trainer()
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        lifecycle.hook_trainer()  # again, if disable() was called in between

@@ -36,6 +36,7 @@ class _Activation:
         self.config, self.report = config, report
         self._patches: list[Patch] = []
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._of_role: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Patch]]] = weakref.WeakKeyDictionary()
         # Trainers inside train(), each with the callback that counts its tokens.
         self.training: dict[Any, MetricsCallback | None] = {}
         report.options = asdict(config)
@@ -60,14 +61,21 @@ class _Activation:
         self.report.live = False
         _revert(self._patches, self.report)
 
-    def meet(self, model: nn.Module, trainer: Any = None) -> None:
-        """Patches a model (again, if it has grown modules since) and records its rows."""
+    def meet(self, model: nn.Module, trainer: Any = None, by_loop: bool = False) -> None:
+        """Patches a model (again, if it has grown modules since) and records its rows.
+
+        Args:
+            trainer: the Trainer that is about to train it.
+            by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
+        """
         from hf_turbo.patches import conflicts, head, mlp, norms, rope
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
         conflict = conflicts.model_conflict(model)
         loss_conflict = None
+        if by_loop and self.config.loss == "auto":
+            loss_conflict = "a loop of your own may read outputs.logits after the step; loss=True fuses the loss"
         find_loss: Callable[[], Finding] = lambda: head.find(model)  # noqa: E731
         if trainer is not None:
             conflict = conflict or trainer_patches.model_conflict(trainer)
@@ -82,7 +90,15 @@ class _Activation:
             "loss": (find_loss, conflict or loss_conflict),
         }
         name = _model_name(model)
-        rows = [self._apply(name, role, find(), reason) for role, (find, reason) in roles.items()]
+        rows = []
+        for role, (find, reason) in roles.items():
+            row = self._apply(model, name, role, find(), reason)
+            if getattr(self.config, role) is True and row.patched == 0 and not by_loop:
+                raise RuntimeError(
+                    f"hf_turbo: {role}=True was asked for but cannot be had on {name}: "
+                    f"{row.reason or 'the model has no such part'}. Use {role}='auto' to go on without it"
+                )
+            rows.append(row)
         self.report.models[id(model)] = rows
         self._met.add(model)
 
@@ -90,7 +106,7 @@ class _Activation:
         """Whether this model, or one that it wraps, was patched here already."""
         return any(module in self._met for module in model.modules())
 
-    def _apply(self, model_name: str, role: str, finding: Finding, conflict: str | None) -> Row:
+    def _apply(self, model: nn.Module, model_name: str, role: str, finding: Finding, conflict: str | None) -> Row:
         choice = getattr(self.config, role)
         if choice is False:
             conflict = f"switched off: {role}=False"
@@ -98,15 +114,15 @@ class _Activation:
             for patch in finding.patches:
                 patch.apply()
                 self._patches.append(patch)
+                self._of_role.setdefault(model, {}).setdefault(role, []).append(patch)
             reason = "; ".join(f"{count} x {why}" if count > 1 else why for why, count in finding.reasons.items())
             patched = finding.patched
         else:
             reason, patched = conflict, 0
-        if choice is True and patched == 0:
-            raise RuntimeError(
-                f"hf_turbo: {role}=True was asked for but cannot be had on {model_name}: "
-                f"{reason or 'the model has no such part'}. Use {role}='auto' to go on without it"
-            )
+            # An earlier training of this model may have had no such conflict.
+            earlier = self._of_role.get(model, {}).pop(role, [])
+            self._patches = [patch for patch in self._patches if patch not in earlier]
+            _revert(earlier, self.report)
         return Row(model_name, role, finding.found, patched, finding.kernel, finding.exactness.value, reason)
 
 
@@ -179,9 +195,10 @@ def disable() -> None:
 @contextmanager
 def session(**options: Any) -> Iterator[Report]:
     """`enable()` for the length of a `with` block; inside an enabled process it changes nothing."""
+    TurboConfig.from_options(**options)
     with _STATE.lock:
         outer = _STATE.enabled is not None
-        report_ = enable(**options)
+        report_ = _STATE.report if outer else enable(**options)
     try:
         yield report_
     finally:
@@ -272,19 +289,24 @@ def _activation_for(trainer: Any) -> tuple[_Activation | None, bool]:
 def _around_train(trainer: Any) -> Iterator[None]:
     """What `Trainer.train` runs in."""
     activation, own = _activation_for(trainer)
-    if activation is None:
+    if activation is None or trainer in activation.training:
         yield
         return
-    meter = _make_meter(trainer) if activation.config.metrics else None
-    activation.training[trainer] = meter
+    meter = None
     try:
-        for model in (trainer.model, getattr(trainer, "ref_model", None)):
-            if model is not None:
-                activation.meet(model, trainer)
+        meter = _make_meter(trainer) if activation.config.metrics else None
+        activation.training[trainer] = meter
+        with _STATE.lock:
+            for model in (trainer.model, getattr(trainer, "ref_model", None)):
+                if model is not None:
+                    activation.meet(model, trainer)
         if activation.config.report:
             _show(trainer, activation.report)
         yield
     finally:
+        from hf_turbo.patches import trl as trl_patches
+
+        trl_patches.end_training(trainer)
         activation.training.pop(trainer, None)
         if meter is not None and meter in trainer.callback_handler.callbacks:
             trainer.callback_handler.callbacks.remove(meter)
@@ -298,16 +320,17 @@ def _make_meter(trainer: Any) -> MetricsCallback:
     """The callback that adds turbo/* figures to the logs. First of all callbacks, so that reporters see them."""
     from .metrics import MetricsCallback
 
-    meter = MetricsCallback(trainer.model, trainer.args.device)
+    meter = MetricsCallback(trainer.args.device)
     trainer.callback_handler.callbacks.insert(0, meter)
     return meter
 
 
 def _model_made(trainer: Any, model: nn.Module) -> None:
     """`train()` has replaced its model by one that `model_init` returned; in `__init__` it is too early to judge."""
-    for activation in _STATE.activations:
-        if trainer in activation.training:
-            activation.meet(model, trainer)
+    with _STATE.lock:
+        for activation in _STATE.activations:
+            if trainer in activation.training:
+                activation.meet(model, trainer)
 
 
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
@@ -318,9 +341,10 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
 
 
 def _model_prepared(model: nn.Module) -> None:
-    activation = _STATE.enabled
-    if activation is not None and not activation.has_met(model):
-        activation.meet(model)
+    with _STATE.lock:
+        activation = _STATE.enabled
+        if activation is not None and not activation.has_met(model):
+            activation.meet(model, by_loop=True)
 
 
 def _show(trainer: Any, report_: Report) -> None:
@@ -331,7 +355,10 @@ def _show(trainer: Any, report_: Report) -> None:
 
     Console(stderr=True).print(report_)
     if trainer.args.output_dir:
-        report_.write(Path(trainer.args.output_dir) / "hf_turbo_report.json")
+        try:
+            report_.write(Path(trainer.args.output_dir) / "hf_turbo_report.json")
+        except OSError as error:  # a folder that cannot be written must not end a training that writes nothing
+            report_.notes.append(f"hf_turbo_report.json was not written: {error}")
 
 
 def _write_report_at_exit() -> None:

@@ -3,11 +3,13 @@
 Conventions: tokens are real ones, padding not counted, of this process. MFU counts, for each real token, 6 FLOP per
 trained and 4 per frozen weight of a linear layer (forward, input gradient, weight gradient), of experts only the share
 that a token visits, and for each causal pair of tokens in one document 12 x heads x head_dim x layers; recomputation is
-not counted; over the device's dense bf16 peak. It is left out where the peak is unknown.
+not counted; over the device's dense bf16 peak. It is left out where the peak or the model's sizes are unknown. Seconds
+are all that passed since the last log, evaluation and saving included.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import Any
@@ -16,7 +18,9 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-# Dense bf16 TFLOP/s by a part of the device's name, from the vendors' datasheets. First match counts.
+_EXPERT_BANKS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
+
+# Dense bf16 TFLOP/s by words of the device's name, from the vendors' datasheets. First match counts.
 _PEAK_TFLOPS = (
     ("B200", 2250.0),
     ("H100 PCIe", 756.0),
@@ -39,36 +43,51 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+    return next((tflops * 1e12 for words, tflops in _PEAK_TFLOPS if re.search(rf"\b{words}\b", name)), None)
 
 
 def flops_per_token(model: nn.Module) -> float:
     """FLOP per token of forward and backward in the linear layers, attention scores left out."""
-    config = getattr(model, "config", None)
+    visits = getattr(_text_config(model), "num_experts_per_tok", None)
     total = 0.0
     for module in model.modules():
         if hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children()):
             weight = getattr(module, "weight", None)
             trained = weight is not None and weight.requires_grad
             total += int(module.in_features) * int(module.out_features) * (6 if trained else 4)  # type: ignore[arg-type]
-        else:
-            for bank in module.parameters(recurse=False):
-                if bank.ndim == 3:
-                    text = config.get_text_config() if config is not None else None
-                    visited = getattr(text, "num_experts_per_tok", bank.shape[0]) / bank.shape[0]
-                    total += bank.numel() * visited * (6 if bank.requires_grad else 4)
+            continue
+        for name, bank in module.named_parameters(recurse=False):
+            if name in _EXPERT_BANKS and bank.ndim == 3:
+                share = visits / bank.shape[0] if isinstance(visits, int) else 1.0
+                total += bank.numel() * share * (6 if bank.requires_grad else 4)
     return total
 
 
-def flops_per_pair(model: nn.Module) -> float:
-    """FLOP of forward and backward of the attention scores for one pair of tokens, over all layers."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return 0.0
-    text = config.get_text_config()
-    heads, layers = getattr(text, "num_attention_heads", 0), getattr(text, "num_hidden_layers", 0)
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+def flops_per_pair(model: nn.Module) -> float | None:
+    """FLOP of forward and backward of the attention scores for one pair of tokens, over all layers.
+
+    None where the config does not say: no text config, or sizes that differ by layer.
+    """
+    config = _text_config(model)
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    head_dim, width = getattr(config, "head_dim", None), getattr(config, "hidden_size", None)
+    if not isinstance(heads, int) or not isinstance(layers, int) or not heads:
+        return None
+    if not isinstance(head_dim, int):
+        if not isinstance(width, int):
+            return None
+        head_dim = width // heads
     return 12.0 * heads * head_dim * layers
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config"):
+        return None
+    try:
+        return config.get_text_config()
+    except ValueError:  # several text configs: an encoder and a decoder
+        return None
 
 
 def _peak_memory_gib(device: torch.device) -> float:
@@ -85,10 +104,10 @@ def _peak_memory_gib(device: torch.device) -> float:
 class MetricsCallback(TrainerCallback):
     """Counts tokens of fetched batches without waiting for the device, and adds the figures when the Trainer logs."""
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self._model, self._device, self._peak = model, device, peak_flops(device)
+    def __init__(self, device: torch.device):
+        self._device, self._peak = device, peak_flops(device)
         self._counts: torch.Tensor | None = None  # tokens, pairs
-        self._flops: tuple[float, float] | None = None  # per token, per pair
+        self._flops: tuple[float, float | None] | None = None  # per token, per pair
         self._since: float | None = None
 
     def count(self, batches: list[Any]) -> None:
@@ -118,12 +137,20 @@ class MetricsCallback(TrainerCallback):
         now = time.perf_counter()
         seconds = now - self._since
         figures = {"turbo/tokens_per_second": tokens / seconds, "turbo/peak_memory_gib": _peak_memory_gib(self._device)}
-        if self._peak is not None:
-            if self._flops is None:
-                self._flops = flops_per_token(self._model), flops_per_pair(self._model)
-            figures["turbo/mfu"] = (tokens * self._flops[0] + pairs * self._flops[1]) / seconds / self._peak
+        mfu = self._mfu(kwargs.get("model"), tokens, pairs, seconds)
+        if mfu is not None:
+            figures["turbo/mfu"] = mfu
         figures = {name: float(f"{value:.4g}") for name, value in figures.items()}
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
         self._counts, self._since = None, now
+
+    def _mfu(self, model: Any, tokens: int, pairs: int, seconds: float) -> float | None:
+        if self._peak is None or model is None:
+            return None
+        if self._flops is None:
+            model = getattr(model, "module", model)  # DDP
+            self._flops = flops_per_token(model), flops_per_pair(model)
+        per_token, per_pair = self._flops
+        return None if per_pair is None else (tokens * per_token + pairs * per_pair) / seconds / self._peak

@@ -24,6 +24,7 @@ Source: d log_prob_t / d z_j = [j = t] - p_j and d entropy / d z_j = -p_j * (log
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -300,7 +301,7 @@ def _statistics_impl(
     extras: int,
 ) -> torch.Tensor:
     transform = LogitTransform(logit_scale, softcap, inv_temperature)
-    if not use_triton(logits) or logits.dtype == torch.float64:
+    if not use_triton(logits):
         return _statistics_reference(logits, targets, transform, grad_scale, extras)
     n_rows, n_cols = logits.shape
     stats = logits.new_empty((_STATISTICS, n_rows), dtype=torch.float32)
@@ -356,7 +357,7 @@ def _gradient_impl(
     inv_temperature: float,
 ) -> None:
     transform = LogitTransform(logit_scale, softcap, inv_temperature)
-    if not use_triton(logits) or logits.dtype == torch.float64:
+    if not use_triton(logits):
         _gradient_reference(logits, targets, top, log_total, entropy, grad_log_prob, grad_entropy, transform)
         return
     n_rows, n_cols = logits.shape
@@ -516,7 +517,10 @@ class _LinearLogProb(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         ahead = any(needs) and (uniform or not (needs[1] or needs[2]))
         # fp16 cannot hold the small probabilities of a large vocabulary; a power of two is exact to undo.
-        grad_scale = 0.0 if not ahead else 1024.0 if dtype == torch.float16 else 1.0
+        grad_scale = 1.0 if ahead else 0.0
+        if ahead and dtype == torch.float16:
+            steepest = abs(transform.logit_scale * transform.inv_temperature)
+            grad_scale = 2.0 ** (10 - max(0, math.ceil(math.log2(max(steepest, 1.0)))))
         extras_bits = sum(map(_bit, outputs))
         with torch.autocast(device_type, enabled=False):
             head = _Head(hidden, weight, bias, dtype)

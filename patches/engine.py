@@ -5,8 +5,8 @@ Rules, each with a test (tests/patches/test_engine.py):
 * Modules are never replaced, renamed or given an instance `forward`: their `__class__` is swapped for a subclass that
   keeps `__name__`, `__qualname__` and `__module__`. Checkpointing, output recorders and FSDP wrap policies, which look
   at classes and their names, see no difference. Pickles and copies of such a module are of the stock class.
-* Every replacement asks `is_live()` first, so that it is stock again the moment patches are switched off, even where a
-  reference to it was captured (autocast wrappers, FSDP classes).
+* Every replacement of a computation asks `is_live()` first, so that it is stock again the moment patches are switched
+  off, even where a reference to it was captured (autocast wrappers, FSDP classes).
 * A patch restores only what is provably still its own.
 """
 

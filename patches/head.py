@@ -31,7 +31,7 @@ from .engine import (
     stock_class,
 )
 from .fingerprint import fingerprint
-from .logits import LazyLogits
+from .logits import LazyLogits, in_forward_context
 
 
 class _Tail(NamedTuple):
@@ -140,8 +140,30 @@ def _can_fuse(model: Any, tail: _Tail, args: tuple[Any, ...], kwargs: dict[str, 
         and model.loss_function is ForCausalLMLoss
         and getattr(type(head), "_hf_turbo_stock_forward", None) is nn.Linear.forward
         and "forward" not in head.__dict__
+        and not _has_foreign_hooks(head)
+        and _fit(kwargs, labels)
         and head.out_features == getattr(model, "vocab_size", model.config.vocab_size) == model.config.vocab_size
     )
+
+
+def _fit(kwargs: dict[str, Any], labels: torch.Tensor) -> bool:
+    """Whether labels lie as the tokens do; stock flattens both and takes any layout."""
+    tokens, shift_labels = kwargs.get("input_ids"), kwargs.get("shift_labels")
+    if tokens is None:
+        embeds = kwargs.get("inputs_embeds")
+        tokens = None if embeds is None else embeds[..., 0]
+    return (
+        tokens is not None
+        and labels.shape == tokens.shape
+        and (shift_labels is None or shift_labels.shape == tokens.shape)
+    )
+
+
+def _has_foreign_hooks(head: nn.Module) -> bool:
+    """Whether somebody watches or changes the head's logits. Sharding wrappers hook it too, for its weight."""
+    hooks = [*head._forward_hooks.values(), *head._forward_pre_hooks.values(), *head._backward_hooks.values()]
+    own = ("torch.distributed", "accelerate", "deepspeed")
+    return any(not (getattr(hook, "__module__", None) or type(hook).__module__).startswith(own) for hook in hooks)
 
 
 @cache
@@ -186,7 +208,9 @@ def _fused_forward(model: Any, tail: _Tail, kwargs: dict[str, Any]) -> Any:
     device_type = hidden_states.device.type
     autocast = torch.is_autocast_enabled(device_type)
     logits = LazyLogits(
-        lambda: transform(head(hidden_states)),
+        in_forward_context(
+            lambda: transform(head(hidden_states)), [p for p in (head.weight, head.bias) if p is not None]
+        ),
         torch.Size((*hidden_states.shape[:-1], head.out_features)),
         torch.get_autocast_dtype(device_type) if autocast else hidden_states.dtype,
         hidden_states.device,

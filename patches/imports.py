@@ -25,6 +25,28 @@ class _NotifyingLoader(importlib.abc.Loader):
         self._finder.notify(module.__name__)
 
 
+def _watch(module: ModuleType, finder: ImportHooks) -> None:
+    """Notifies `finder` when the import system marks the module's spec as initialised."""
+    spec = module.__spec__
+    stock = type(spec)
+
+    class ModuleSpec(stock):  # type: ignore[misc, valid-type]
+        @property
+        def _initializing(self) -> bool:
+            return self.__dict__.get("_initializing", False)
+
+        @_initializing.setter
+        def _initializing(self, value: bool) -> None:
+            self.__dict__["_initializing"] = value
+            if not value:
+                self.__class__ = stock
+                if sys.modules.get(module.__name__) is module:
+                    finder.notify(module.__name__)
+
+    if spec is not None:
+        spec.__class__ = ModuleSpec
+
+
 class ImportHooks(importlib.abc.MetaPathFinder):
     """A meta-path finder that finds nothing itself: it lets the others find and watches the modules asked for."""
 
@@ -38,6 +60,10 @@ class ImportHooks(importlib.abc.MetaPathFinder):
             callback()
             return
         self._callbacks.setdefault(name, []).append(callback)
+        if module is not None:
+            # In the middle of its import, which is where `import torch` runs entry points when a script begins with
+            # `from transformers import Trainer`: no finder is asked again, but the spec is told of the end.
+            _watch(module, self)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 

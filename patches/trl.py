@@ -137,3 +137,10 @@ def find(trainer: Any) -> Finding:
     if finding.patched and head is not None and _weights_rows_alike(trainer):
         finding.patches.append(_UniformHead(head.weight))
     return finding
+
+
+def end_training(trainer: Any) -> None:
+    """The promise of equal weights ends with the training: the next trainer of this model may have another loss."""
+    head = trainer.model.get_output_embeddings() if hasattr(trainer.model, "get_output_embeddings") else None
+    if head is not None and hasattr(head, "weight"):
+        _UNIFORM_HEADS.pop(id(head.weight), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -265,8 +266,49 @@ def test_accelerate_loop_is_patched_at_prepare():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hf_turbo.enable()
     prepared, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
-    assert hf_turbo.report().patched == 10
+    rows = {row.role: row.patched for row in hf_turbo.report().rows}
+    assert rows == {"norms": 5, "mlp": 2, "rope": 2, "loss": 0}
+    assert "after the step" in hf_turbo.report().rows[-1].reason
     prepared(**batch()).loss.backward()
+
+
+def test_accelerate_loop_fuses_the_loss_by_name():
+    hf_turbo.enable(loss=True)
+    model = Accelerator(cpu=True).prepare(tiny_model("llama"))
+    assert hf_turbo.report().rows[-1].patched == 1
+    assert type(model(**batch()).logits).__name__ == "LazyLogits"
+
+
+def test_a_later_conflict_undoes_the_loss_patch(tmp_path):
+    """A second trainer of the same model, whose loss reads the logits."""
+
+    class Custom(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            outputs = model(**inputs)
+            assert type(outputs.logits) is torch.Tensor
+            return outputs.loss
+
+    hf_turbo.enable()
+    first = trainer(tmp_path, tiny_model("llama"))
+    first.train()
+    assert hf_turbo.report().rows[-1].patched == 1
+    Custom(model=first.model, args=first.args, train_dataset=first.train_dataset).train()
+    assert hf_turbo.report().rows[-1].patched == 0
+
+
+def test_metrics_leave_out_what_they_cannot_know():
+    from hf_turbo.metrics import flops_per_pair, flops_per_token
+
+    model = tiny_model("llama")
+    assert flops_per_pair(model) == 12 * 4 * 16 * 2
+    by_stage = types.SimpleNamespace(num_attention_heads=(2, 4), num_hidden_layers=2, hidden_size=8)
+    by_stage.get_text_config = lambda: by_stage
+    model.config = by_stage
+    assert flops_per_pair(model) is None
+    bare = torch.nn.Linear(3, 5)
+    bare.config = {"hidden_size": 3}
+    assert flops_per_pair(bare) is None
+    assert flops_per_token(bare) == 3 * 5 * 6
 
 
 def test_asked_for_by_name_and_cannot_be_had_raises():

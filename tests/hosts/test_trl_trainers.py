@@ -407,3 +407,26 @@ def test_sft_with_a_head_that_peft_wraps(changes, tmp_path):
     with pytest.raises(type(refusal)) as refused:
         Run(make, tmp_path / "turbo", turbo=True)
     assert str(refused.value) == str(refusal)
+
+
+def test_the_promise_of_equal_weights_ends_with_the_training(tmp_path):
+    """A DPO or GRPO trainer of the same model under the same enable() weights rows differently."""
+    from hf_turbo.patches import trl as trl_patches
+
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+
+    class FakeTrainer:
+        class model:
+            @staticmethod
+            def get_output_embeddings():
+                class Head:
+                    pass
+
+                head = Head()
+                head.weight = weight
+                return head
+
+    trl_patches._UniformHead(weight).apply()
+    assert trl_patches._UNIFORM_HEADS.get(id(weight)) is weight
+    trl_patches.end_training(FakeTrainer)
+    assert id(weight) not in trl_patches._UNIFORM_HEADS

@@ -229,3 +229,65 @@ def test_nan_and_inf_activations_behave_as_stock(poison):
     assert loss.isnan() == stock.isnan()
     for name, gradient in stock_gradients.items():
         assert torch.equal(gradients[name].isnan(), gradient.isnan()), name
+
+
+def test_logits_read_after_the_step_are_an_error_not_other_numbers():
+    model = tiny_model("llama")
+    hf_turbo.patch_model(model)
+    outputs = model(**batch())
+    outputs.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="before optimizer"):
+        outputs.logits.argmax(-1)
+
+
+def test_a_first_look_without_gradients_does_not_lose_the_graph():
+    model = tiny_model("llama")
+    hf_turbo.patch_model(model)
+    logits = model(**batch()).logits
+    with torch.no_grad():
+        logits.argmax(-1)
+    assert (logits * 1).requires_grad
+
+
+def test_logits_keep_the_autocast_of_their_forward():
+    model = tiny_model("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch()).logits
+        hf_turbo.patch_model(model, norms=False, mlp=False, rope=False)
+        logits = model(**batch()).logits
+    assert logits.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(logits + 0, expected)
+
+
+def test_a_hook_on_the_head_sees_logits(fused_calls):
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 0.5)
+    expected = model(**batch()).loss
+    hf_turbo.patch_model(model, norms=False, mlp=False, rope=False)
+    assert torch.equal(model(**batch()).loss, expected)
+    assert fused_calls == []
+
+
+def test_flattened_labels_stay_stock(fused_calls):
+    model, inputs = tiny_model("llama"), batch(rows=1)
+    inputs["labels"] = inputs["labels"].flatten()
+    expected = model(**inputs).loss
+    hf_turbo.patch_model(model, norms=False, mlp=False, rope=False)
+    assert torch.equal(model(**inputs).loss, expected)
+    assert fused_calls == []
+
+
+def test_ddp_that_looks_for_unused_parameters_does_not_compute_logits(monkeypatch, tmp_path):
+    """The Trainer's default under DDP; DDP then clones every output that has no graph of its own."""
+    computed, stock = [], LazyLogits.materialize
+    monkeypatch.setattr(LazyLogits, "materialize", lambda self: computed.append(1) or stock(self))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_model("llama")
+        hf_turbo.patch_model(model)
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        wrapped(**batch()).loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert computed == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +56,40 @@ def test_clear_forgets(module):
     hooks.clear()
     importlib.import_module(module)
     assert seen == []
+
+
+def test_runs_at_the_end_of_an_import_that_has_begun(tmp_path, monkeypatch):
+    """`import torch`, and with it the entry point, may run in the middle of importing the module to be patched."""
+    hooks, seen = ImportHooks(), []
+    (tmp_path / "half_module_of_the_tests.py").write_text("import halfway_of_the_tests\nVALUE = 1\n")
+    (tmp_path / "halfway_of_the_tests.py").write_text("CALLBACK()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def halfway():
+        hooks.when_imported(
+            "half_module_of_the_tests", lambda: seen.append(sys.modules["half_module_of_the_tests"].VALUE)
+        )
+        assert seen == []
+
+    monkeypatch.setattr("builtins.CALLBACK", halfway, raising=False)
+    module = importlib.import_module("half_module_of_the_tests")
+    assert seen == [1]
+    assert type(module.__spec__) is type(sys.__spec__)
+    hooks.clear()
+    for name in ("half_module_of_the_tests", "halfway_of_the_tests"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("first", "owner"),
+    [
+        ("from transformers import Trainer", "Trainer.train"),
+        ("from accelerate import Accelerator", "Accelerator.prepare"),
+        ("import torch; from transformers import Trainer", "Trainer.train"),
+    ],
+)
+def test_the_environment_door_works_whatever_is_imported_first(first, owner):
+    code = f"{first}; print({owner}.__code__.co_filename)"
+    environment = {**os.environ, "HF_TURBO": "1"}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "patches" in result.stdout
