@@ -81,7 +81,7 @@ def flops_per_pair(model: nn.Module) -> float | None:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "get_text_config"):
         return None
     try:

@@ -7,6 +7,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 
 class _NotifyingLoader(importlib.abc.Loader):
@@ -27,10 +28,10 @@ class _NotifyingLoader(importlib.abc.Loader):
 
 def _watch(module: ModuleType, finder: ImportHooks) -> None:
     """Notifies `finder` when the import system marks the module's spec as initialised."""
-    spec = module.__spec__
-    stock = type(spec)
+    spec: Any = module.__spec__
+    stock: Any = type(spec)
 
-    class ModuleSpec(stock):  # type: ignore[misc, valid-type]
+    class ModuleSpec(stock):
         @property
         def _initializing(self) -> bool:
             return self.__dict__.get("_initializing", False)
@@ -43,8 +44,7 @@ def _watch(module: ModuleType, finder: ImportHooks) -> None:
                 if sys.modules.get(module.__name__) is module:
                     finder.notify(module.__name__)
 
-    if spec is not None:
-        spec.__class__ = ModuleSpec
+    spec.__class__ = ModuleSpec
 
 
 class ImportHooks(importlib.abc.MetaPathFinder):
