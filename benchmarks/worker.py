@@ -1,0 +1,274 @@
+"""Trains one workload with one system in this process and writes what it measured: `worker.py SPEC.json RESULT.json`.
+
+Started by train.py. Prints one line per optimizer step, which is what train.py shows as progress.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from workloads import Workload
+
+PROFILED_STEPS = 2
+STEP_LINE = "train.py: step "
+SYSTEMS = {
+    "stock": "TRL as installed",
+    "turbo": "the same with hf_turbo.enable()",
+    "control": "stock with eager attention: the same mathematics in another order, a yardstick for the losses",
+    "liger": "stock with Liger's kernels applied to the model",
+    "unsloth": "the same run through Unsloth's loader",
+}
+
+
+def tokenizer() -> Any:
+    """A tokenizer with the special tokens that SFTTrainer asks for; the data need no text."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def build_model(workload: Workload, system: str, device: str) -> Any:
+    """A bf16 causal language model with random weights, drawn on the device; NF4 the way transformers loads it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = AutoConfig.for_model(**workload.model_config())
+    config.use_cache = False
+    attention = "eager" if system == "control" else "sdpa"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+    if workload.nf4 and system != "unsloth":
+        model = type(model).from_pretrained(
+            None,
+            config=config,
+            state_dict=model.state_dict(),
+            dtype=torch.bfloat16,
+            attn_implementation=attention,
+            device_map={"": device},
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            ),
+        )
+    return model
+
+
+def through_unsloth(model: Any, workload: Workload) -> Any:
+    """The same weights in Unsloth's model, by way of a folder on disk: its loader takes nothing else."""
+    import torch
+    from unsloth import FastLanguageModel
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        faster, _ = FastLanguageModel.from_pretrained(
+            folder,
+            max_seq_length=min(workload.cap, 65_536),
+            dtype=torch.bfloat16,
+            load_in_4bit=workload.nf4,
+            full_finetuning=not workload.lora_rank,
+        )
+    if workload.lora_rank:
+        targets = workload.lora_targets
+        if targets == "all-linear":
+            targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        faster = FastLanguageModel.get_peft_model(
+            faster,
+            r=workload.lora_rank,
+            lora_alpha=workload.lora_rank,
+            target_modules=list(targets),
+            use_gradient_checkpointing="unsloth" if workload.checkpointing else False,
+        )
+    return faster
+
+
+def step_timer(warmup: int, steps: int, device: str, profile: bool) -> Any:
+    """A TrainerCallback that notes when each step ends, and profiles PROFILED_STEPS more after the timed ones."""
+    import torch
+    from transformers import TrainerCallback
+
+    class StepTimer(TrainerCallback):
+        def __init__(self) -> None:
+            self.ends: list[float] = []  # [0] is the start of the first step
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiled: dict[str, float] = {}
+
+        def now(self) -> float:
+            if device != "cpu":
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if not self.ends:
+                self.ends.append(self.now())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.ends.append(self.now())
+            print(f"{STEP_LINE}{state.global_step}", flush=True)
+            if profile and state.global_step == warmup + steps:
+                self.profiler.start()
+            if profile and state.global_step == warmup + steps + PROFILED_STEPS:
+                self.profiler.stop()
+                self.profiled = device_time(self.profiler)
+
+        def step_ms(self) -> list[float]:
+            """Milliseconds of the timed steps, each from the end of the one before: data, logging and all."""
+            ends = self.ends[warmup : warmup + steps + 1]
+            return [1e3 * (b - a) for a, b in pairwise(ends)]
+
+    return StepTimer()
+
+
+def device_time(profiler: Any) -> dict[str, float]:
+    """Kernel launches per step, and milliseconds per step in which at least one kernel ran."""
+    from torch.autograd import DeviceType
+
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+        and not event.name.startswith(("Memcpy", "Memset"))
+    )
+    busy, reached = 0.0, 0.0
+    for start, end in spans:  # microseconds
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return {"launches_per_step": len(spans) / PROFILED_STEPS, "gpu_busy_ms_per_step": busy / 1e3 / PROFILED_STEPS}
+
+
+def train(spec: dict[str, Any]) -> dict[str, Any]:
+    """Runs the workload once and returns the measurements."""
+    system, steps, warmup = spec["system"], spec["steps"], spec["warmup"]
+    workload = Workload(**spec["workload"])
+    needs = {"liger": "liger_kernel", "unsloth": "unsloth"}.get(system)
+    if needs and importlib.util.find_spec(needs) is None:
+        return {"skipped": f"{needs} is not installed"}
+    if system == "unsloth":
+        import unsloth  # noqa: F401  patches trl, and wants to be first
+    if system == "turbo":
+        import hf_turbo
+
+        hf_turbo.enable()
+
+    import peft
+    import torch
+    import transformers
+    import trl
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    device = "cuda:0" if torch.cuda.is_available() and not spec["cpu"] else "cpu"
+    model = build_model(workload, system, device)
+    peft_config = None
+    if system == "unsloth":
+        model = through_unsloth(model, workload)
+    elif workload.lora_rank:
+        targets = workload.lora_targets
+        peft_config = LoraConfig(
+            r=workload.lora_rank,
+            lora_alpha=workload.lora_rank,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
+    if system == "liger":
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)  # TRL has its own
+
+    if device != "cpu":  # drawing and quantising random weights is no part of a training run
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    profile = spec["profile"] and device != "cpu"
+    total = warmup + steps + (PROFILED_STEPS if profile else 0)
+    samples = workload.samples(total * workload.accumulation * workload.batch_size, model.config.vocab_size)
+    timer = step_timer(warmup, steps, device, profile)
+    with tempfile.TemporaryDirectory() as output_dir:
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=output_dir,
+                max_steps=total,
+                per_device_train_batch_size=workload.batch_size,
+                gradient_accumulation_steps=workload.accumulation,
+                gradient_checkpointing=workload.checkpointing,
+                max_length=None,
+                optim=workload.optim,
+                learning_rate=workload.learning_rate,
+                lr_scheduler_type="constant",
+                bf16=True,
+                use_cpu=device == "cpu",
+                seed=0,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_dict(samples),
+            processing_class=tokenizer(),
+            peft_config=peft_config,
+            callbacks=[timer],
+        )
+        trainer.train()
+        patched = Path(output_dir, "hf_turbo_report.json")
+        turbo_report = json.loads(patched.read_text()) if patched.exists() else None
+
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    tokens = [0.0, *(entry["num_tokens"] for entry in logs)]
+    milliseconds = timer.step_ms()
+    timed_tokens = tokens[warmup + steps] - tokens[warmup]
+    if device == "cpu":
+        memory = {"peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30}
+    else:
+        memory = {
+            "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        }
+    packages = (torch, transformers, trl, peft)
+    return {
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "versions": {package.__name__: package.__version__ for package in packages},
+        "step_ms": milliseconds,
+        "tokens_per_second": 1e3 * timed_tokens / sum(milliseconds),
+        "tokens": [b - a for a, b in pairwise(tokens)],
+        "losses": [entry["loss"] for entry in logs],
+        "grad_norms": [entry["grad_norm"] for entry in logs],
+        **memory,
+        **timer.profiled,
+        "turbo_report": turbo_report,
+    }
+
+
+def main() -> None:
+    spec_path, result_path = sys.argv[1:]
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    result = train(json.loads(Path(spec_path).read_text()))
+    Path(result_path).write_text(json.dumps(result))
+
+
+def spec(system: str, workload: Workload, **settings: Any) -> dict[str, Any]:
+    """What `train` takes, as JSON."""
+    return {"system": system, "workload": asdict(workload), **settings}
+
+
+if __name__ == "__main__":
+    main()
