@@ -24,6 +24,7 @@ Source: d log_prob_t / d z_j = [j = t] - p_j and d entropy / d z_j = -p_j * (log
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -445,6 +446,12 @@ class _Head:
         rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
         self._buffer = self.hidden.new_empty((rows, weight.shape[0]))
 
+    @functools.cached_property
+    def weight_of_gradient(self) -> torch.Tensor:
+        """The weight as `_accumulate` takes it: widened once where it would be for every chunk."""
+        narrow = self.weight.device.type != "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16)
+        return self.weight.float() if narrow else self.weight
+
     def logits(self, chunk: slice) -> torch.Tensor:
         """[rows of the chunk, V], in a buffer that the next call overwrites."""
         out = self._buffer[: chunk.stop - chunk.start]
@@ -466,7 +473,7 @@ class _Gradients:
 
     def add(self, chunk: slice, grad_logits: torch.Tensor) -> None:
         if self.hidden is not None:
-            self.hidden[chunk] = _accumulate(None, grad_logits, self._head.weight)
+            self.hidden[chunk] = _accumulate(None, grad_logits, self._head.weight_of_gradient)
         if self._needs[1]:
             self.weight = _accumulate(self.weight, grad_logits.t(), self._head.hidden[chunk])
         if self._needs[2]:
