@@ -20,8 +20,10 @@ OLDEST := .venv-oldest/bin
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
+# Kernels run under Triton's interpreter, and for real where there is a GPU.
 test: .venv/.installed .venv-oldest/.installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -n $(JOBS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -m 'not gpu' -n $(JOBS)
+	$(if $(shell command -v nvidia-smi),$(BIN)/pytest tests/kernels -m gpu)
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/kernels -n $(JOBS)
 	OMP_NUM_THREADS=1 $(OLDEST)/pytest tests/patches tests/hosts -n $(JOBS)
 
