@@ -71,6 +71,7 @@ def _real(value: Any) -> Any:
     return value.materialize() if isinstance(value, LazyLogits) else value
 
 
+@torch.compiler.disable  # reads version counters; it follows the loss, which breaks the graph already
 def in_forward_context(
     compute: Callable[[], torch.Tensor], parameters: list[torch.Tensor]
 ) -> Callable[[], torch.Tensor]:

@@ -26,14 +26,15 @@ def test_compiled_model_trains_as_stock(family):
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
-def test_one_graph_break_and_it_is_before_the_loss():
+def test_the_graph_breaks_at_the_loss_and_not_before():
     """The number of labelled rows is data; everything up to the head is one graph."""
     model = tiny_model("llama")
     hf_turbo.patch_model(model)
     torch._dynamo.reset()
     explanation = torch._dynamo.explain(model)(**batch())
-    assert explanation.graph_break_count == 1
-    assert "linear_cross_entropy" in str(explanation.break_reasons[0].reason)
+    reasons = [str(reason.reason) for reason in explanation.break_reasons]
+    assert "linear_cross_entropy" in reasons[0], "the first break"
+    assert all("linear_cross_entropy" in reason or "in_forward_context" in reason for reason in reasons)
 
 
 class Recorder(TorchDispatchMode):
