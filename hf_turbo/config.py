@@ -23,6 +23,10 @@ class TurboConfig:
         rope: rotary embedding of queries and keys in one kernel each way.
         loss: the language-model head and the loss are computed together, never holding the logits: the causal-LM loss
             of plain `Trainer` and the log-probabilities of the TRL trainers.
+        lora: LoRA layers of PEFT and 4-bit layers of bitsandbytes are one function each; query, key and value
+            projections, and whole gated MLPs, are one function together.
+        expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
+            faster, for two bytes a weight more memory.
         metrics: add `turbo/tokens_per_second`, `turbo/peak_memory_gib` and `turbo/mfu` to the Trainer's own logs.
         report: print the table of what was patched at train begin and write `hf_turbo_report.json` to `output_dir`.
 
@@ -35,6 +39,8 @@ class TurboConfig:
     mlp: Choice = "auto"
     rope: Choice = "auto"
     loss: Choice = "auto"
+    lora: Choice = "auto"
+    expanded_weights: bool = False
     metrics: bool = True
     report: bool = True
 

@@ -68,7 +68,7 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import conflicts, head, mlp, norms, rope
+        from hf_turbo.patches import conflicts, head, lora, mlp, norms, rope
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -87,6 +87,7 @@ class _Activation:
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model), conflict),
             "rope": (lambda: rope.find(model), conflict),
+            "lora": (lambda: lora.find(model, self.config.expanded_weights), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
         name = _model_name(model)

@@ -74,14 +74,14 @@ def _reference_slope(gate: torch.Tensor, share: torch.Tensor, activation: str) -
     return slope
 
 
-def _reference_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, h: torch.Tensor) -> None:
+def reference_forward(gate: torch.Tensor, up: torch.Tensor, activation: str, h: torch.Tensor) -> None:
     """Fills `h`."""
     wide = torch.promote_types(torch.promote_types(gate.dtype, up.dtype), torch.float32)
     gate = gate.to(wide)
     torch.mul(gate * _reference_share(gate, activation), up.to(wide), out=h)
 
 
-def _reference_backward(
+def reference_backward(
     dh: torch.Tensor,
     gate: torch.Tensor,
     up: torch.Tensor,
@@ -101,7 +101,7 @@ def _reference_backward(
 
 
 @triton.jit
-def _share(gate, ACTIVATION: tl.constexpr):
+def share_of(gate, ACTIVATION: tl.constexpr):
     """p(gate) and 1 - p(gate), neither by cancellation where p is a sigmoid.
 
     A product that feeds a sum is an explicit fma: no compiler then has anything left to contract, and the forward and
@@ -120,7 +120,7 @@ def _share(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _slope(gate, share, rest, ACTIVATION: tl.constexpr):
+def slope_of(gate, share, rest, ACTIVATION: tl.constexpr):
     """p'(gate), given p(gate) and 1 - p(gate)."""
     if ACTIVATION == "gelu":
         return tl.exp(-0.5 * gate * gate) * 0.3989422804014327
@@ -153,7 +153,7 @@ def _forward_kernel(
     up_row = row // inner * up_outer + row % inner * up_inner
     gate = tl.load(gate_ptr + gate_row + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row + column, mask=mask, other=0.0).to(tl.float32)
-    share, _ = _share(gate, ACTIVATION)
+    share, _ = share_of(gate, ACTIVATION)
     h = gate * share * up
     tl.store(h_ptr + row * width + column, h.to(h_ptr.dtype.element_ty), mask=mask)
 
@@ -189,10 +189,10 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + gate_row + column, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + up_row + column, mask=mask, other=0.0).to(tl.float32)
     dh = tl.load(dh_ptr + dh_row + column, mask=mask, other=0.0).to(tl.float32)
-    share, rest = _share(gate, ACTIVATION)
+    share, rest = share_of(gate, ACTIVATION)
     activated = gate * share
     dup = dh * activated
-    dgate = dh * up * (share + gate * _slope(gate, share, rest, ACTIVATION))
+    dgate = dh * up * (share + gate * slope_of(gate, share, rest, ACTIVATION))
     gradient = row * gradient_stride + column
     tl.store(dgate_ptr + gradient, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
     tl.store(dup_ptr + gradient, dup.to(dup_ptr.dtype.element_ty), mask=mask)
@@ -245,7 +245,7 @@ def _forward(gate: torch.Tensor, up: torch.Tensor | None, activation: str, dtype
         return h
     gate, up = _halves(gate, up)
     if not (use_triton(gate) and use_triton(up)):
-        _reference_forward(gate, up, activation, h)
+        reference_forward(gate, up, activation, h)
         return h
     rows, inner, (gate, up), strides = _walk(gate, up)
     width = gate.numel() // rows
@@ -283,9 +283,9 @@ def _gradients(
     dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
     gate, up = _halves(gate, up)
     if not (use_triton(gate) and use_triton(up)):
-        _reference_backward(dh, gate, up, activation, dgate, dup)
+        reference_backward(dh, gate, up, activation, dgate, dup)
         if keep_h:
-            _reference_forward(gate, up, activation, dh)
+            reference_forward(gate, up, activation, dh)
         return gradients
     rows, inner, (gate, up, walked_dh), strides = _walk(gate, up, dh)
     width = gate.numel() // rows

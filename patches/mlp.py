@@ -2,7 +2,8 @@
 
 The projections stay modules and are called as such, so adapters, quantized layers and hooks on them keep working. Where
 `down_proj` is a plain linear layer, the product is not stored for backward but computed again there, in the pass that
-computes its gradients.
+computes its gradients. Where adapters or 4-bit weights are all that the projections add, lora.py computes the whole MLP
+in one function.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
 from torch import nn
 
+from . import lora
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -75,6 +77,9 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         activation = _activation(self.act_fn) if is_live() else None
         if activation is None:
             return stock(self, x)
+        fused = lora.gated_mlp((self.gate_proj, self.up_proj, self.down_proj), x, activation)
+        if fused is not None:
+            return fused
         gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
         if not _usable(gate, up):
             return down(self.act_fn(gate) * up)
@@ -90,6 +95,9 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         activation = _activation(self.activation_fn) if is_live() else None
         if activation is None:
             return stock(self, hidden_states)
+        fused = lora.gated_mlp((self.gate_up_proj, self.down_proj), hidden_states, activation)
+        if fused is not None:
+            return fused
         gate_up, down = self.gate_up_proj(hidden_states), self.down_proj
         if not _usable(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)

@@ -1,0 +1,689 @@
+"""Linear layers with low-rank adapters (LoRA) and frozen weights, several on one input, forward and backward.
+
+Formula, for the projections i of one input x, with S_i = s_i * dropout_i(x) @ A_i^T:
+
+    y_i = x @ W_i^T + bias_i + S_i @ B_i^T
+
+    dS_i = s_i * dy_i @ B_i          dx = sum over i of dy_i @ W_i + dropout_i'(dS_i @ A_i)
+    dB_i = dy_i^T @ S_i              dA_i = dS_i^T @ dropout_i(x)              dbias_i = sum over rows of dy_i
+
+x is read once for all A_i and saved once, and the products of all projections with a rank in them are one product where
+they can be. The adapters' outputs are added in place by a kernel that reads and writes y, or dx, once: at a rank of 16
+`addmm` reaches 54 % of the copy speed there, the kernel 92 %. Frozen weights have no gradient; they may be packed, with
+a function that expands them, once per use. Dropout masks come from a counter-based generator (Philox, seeded from
+torch's) and are drawn again in backward, so that they cost no memory.
+
+Two other ways were measured and dropped (4,096 tokens, H200; benchmarks/RESULTS.md): widening the product to
+[x | S] @ [W | B]^T costs 0 to 7 % of the product, but a copy of x and another layout of W; one kernel that makes dS and
+dB from one reading of dy is no faster than two products.
+
+Shapes: x [..., K]; W_i [N_i, K], or packed; bias_i [N_i]; A_i [r_i, K]; B_i [N_i, r_i]; y_i [..., N_i].
+Dtypes: x and W float16, bfloat16, float32 or float64, the compute dtype. The low-rank products run in `low`, into which
+x and the adapters are cast; y_i is given in `out`. Gradients have the dtypes of what they belong to; those of A and B
+are accumulated in float32 and rounded once, to the dtype of A and B.
+
+Floor, for T rows of e-byte elements, beyond the products with W: forward T*(K + 2*sum N)*e bytes, backward
+T*(3*K + 2*sum N)*e.
+
+Raises ValueError for shapes that do not fit, TypeError for weights that require a gradient.
+
+Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (2021); gradients by the chain rule. Salmon et
+al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011) for Philox.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from ._launch import cdiv, launch, register_op, use_triton
+
+# The dense weight [N, K] from the packed one, its dtype, and whether it is for a gradient.
+Expand = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
+
+
+class Projection(NamedTuple):
+    """One linear layer, with or without an adapter.
+
+    Attributes:
+        weight: [N, K], frozen; or packed in any way that `expand` understands.
+        bias: [N] or None, frozen or trained.
+        a, b: the adapter, [r, K] and [N, r]; both None where there is none.
+        scaling: s above.
+        dropout: probability, in [0, 1), of zeroing an element of the adapter's input.
+        expand: gives the dense weight; None: `weight` is dense.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    a: torch.Tensor | None
+    b: torch.Tensor | None
+    scaling: float = 1.0
+    dropout: float = 0.0
+    expand: Expand | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.a is None else self.a.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------- torch reference
+
+
+def _reference_add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> None:
+    """y += s @ b^T, rounded once."""
+    wide = torch.promote_types(torch.promote_types(y.dtype, s.dtype), torch.float32)
+    y.copy_(torch.addmm(y.to(wide), s.to(wide), b.to(wide).t()))
+
+
+def _reference_keep(shape: tuple[int, int], dropout: float, seed: int, device: torch.device) -> torch.Tensor:
+    """The mask of kept elements, from a torch generator."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.rand(shape, generator=generator, device=device) >= dropout
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _keep(row, first_column, width, seed, threshold, BLOCK_N: tl.constexpr):
+    """Which elements dropout keeps: [len(row), BLOCK_N] from `first_column` on, a multiple of 4.
+
+    Four neighbours share a counter. Seven rounds of Philox-4x32 pass the tests of randomness of its paper.
+    """
+    quad = first_column // 4 + tl.arange(0, BLOCK_N // 4)
+    counter = row[:, None] * ((width + 3) // 4) + quad[None, :]
+    a, b, c, d = tl.randint4x(seed, counter.to(tl.uint32, bitcast=False), 7)
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], BLOCK_N))
+    return bits.to(tl.uint32, bitcast=True) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def add_low_rank(
+    tile,
+    s_ptr,
+    s_stride,
+    s_rows,
+    b_ptr,
+    b_row,
+    b_rank,
+    b_rows,
+    rank,
+    RANK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    """tile + s @ b^T, in float32. The product starts from the tile: added to it, it would have to change its layout.
+
+    Args:
+        s_ptr, s_stride, s_rows: s, its row stride, and rows of it (their numbers, and whether each exists).
+        b_ptr, b_row, b_rank, b_rows: b, its strides, and rows of it, likewise.
+        RANK: ranks per step; ONE_BLOCK: that one step is enough, which saves the loop.
+    """
+    s_index, s_mask = s_rows
+    b_index, b_mask = b_rows
+    precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    if ONE_BLOCK:
+        column = tl.arange(0, RANK)
+        s = tl.load(
+            s_ptr + s_index[:, None] * s_stride + column[None, :],
+            mask=s_mask[:, None] & (column[None, :] < rank),
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + b_index[None, :] * b_row + column[:, None] * b_rank,
+            mask=b_mask[None, :] & (column[:, None] < rank),
+            other=0.0,
+        )
+        return tl.dot(s, b.to(s.dtype), tile, input_precision=precision)
+    for first in range(0, rank, RANK):
+        column = first + tl.arange(0, RANK)
+        s = tl.load(
+            s_ptr + s_index[:, None] * s_stride + column[None, :],
+            mask=s_mask[:, None] & (column[None, :] < rank),
+            other=0.0,
+        )
+        b = tl.load(
+            b_ptr + b_index[None, :] * b_row + column[:, None] * b_rank,
+            mask=b_mask[None, :] & (column[:, None] < rank),
+            other=0.0,
+        )
+        tile = tl.dot(s, b.to(s.dtype), tile, input_precision=precision)
+    return tile
+
+
+@triton.jit
+def _add_kernel(
+    y_ptr,
+    s_ptr,
+    b_ptr,
+    rows,
+    width,
+    rank,
+    s_stride,
+    b_row,
+    b_rank,
+    blocks,
+    seed,
+    threshold,
+    inverse_keep,
+    DROPOUT: tl.constexpr,
+    RANK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    IEEE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y += s @ b^T, one tile per program; y is contiguous."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_column = (tl.program_id(0) % blocks) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    y_ptrs = y_ptr + row[:, None] * width + column[None, :]
+    mask = (row[:, None] < rows) & (column[None, :] < width)
+    y = tl.load(y_ptrs, mask=mask, other=0.0).to(tl.float32)
+    s_rows, b_rows = (row, row < rows), (column, column < width)
+    if DROPOUT:
+        delta = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        delta = add_low_rank(delta, s_ptr, s_stride, s_rows, b_ptr, b_row, b_rank, b_rows, rank, RANK, ONE_BLOCK, IEEE)
+        y += tl.where(_keep(row, first_column, width, seed, threshold, BLOCK_N), delta * inverse_keep, 0.0)
+    else:
+        y = add_low_rank(y, s_ptr, s_stride, s_rows, b_ptr, b_row, b_rank, b_rows, rank, RANK, ONE_BLOCK, IEEE)
+    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dropout_kernel(
+    x_ptr,
+    out_ptr,
+    rows,
+    width,
+    blocks,
+    seed,
+    threshold,
+    inverse_keep,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_column = (tl.program_id(0) % blocks) * BLOCK_N
+    column = first_column + tl.arange(0, BLOCK_N)
+    offset = row[:, None] * width + column[None, :]
+    mask = (row[:, None] < rows) & (column[None, :] < width)
+    x = tl.load(x_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    kept = tl.where(_keep(row, first_column, width, seed, threshold, BLOCK_N), x * inverse_keep, 0.0)
+    tl.store(out_ptr + offset, kept.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pack_kernel(p0, p1, p2, p3, p4, p5, out_ptr, e0, e1, e2, e3, e4, e5, BLOCK: tl.constexpr):
+    """Casts up to six contiguous tensors, which end at e0 ... e5 in `out`, into it."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(p0 + index, mask=index < e0, other=0.0).to(tl.float32)
+    value += tl.load(p1 + (index - e0), mask=(index >= e0) & (index < e1), other=0.0).to(tl.float32)
+    value += tl.load(p2 + (index - e1), mask=(index >= e1) & (index < e2), other=0.0).to(tl.float32)
+    value += tl.load(p3 + (index - e2), mask=(index >= e2) & (index < e3), other=0.0).to(tl.float32)
+    value += tl.load(p4 + (index - e3), mask=(index >= e3) & (index < e4), other=0.0).to(tl.float32)
+    value += tl.load(p5 + (index - e4), mask=(index >= e4) & (index < e5), other=0.0).to(tl.float32)
+    tl.store(out_ptr + index, value.to(out_ptr.dtype.element_ty), mask=index < e5)
+
+
+# H200, y [4096, 14336] bf16, ranks 16 / 32 / 64: 60 / 62 / 69 us (floor 55); 32 x 256 and 64 x 256 tiles: 60 / 69 / 88.
+_BLOCK_T, _BLOCK_N, _WARPS = 64, 128, 4
+_PACK_BLOCK = 2048
+
+
+# Ranks per step of a tile's product: tl.dot wants 16 at least; 64 keeps both operands small.
+MAX_RANK_BLOCK = 64
+
+
+def rank_block(rank: int) -> int:
+    return next(block for block in (16, 32, MAX_RANK_BLOCK) if block >= min(rank, MAX_RANK_BLOCK))
+
+
+def _threshold(dropout: float) -> int:
+    return min(round(dropout * 2**32), 2**32 - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ops
+
+
+def _add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, dropout: float, seed: int) -> None:
+    rows, width = y.shape
+    if y.numel() == 0 or s.shape[1] == 0:
+        return
+    if not use_triton(y) or s.dtype == torch.float64:
+        if dropout:
+            delta = torch.zeros(rows, width, dtype=torch.promote_types(s.dtype, torch.float32), device=y.device)
+            _reference_add(delta, s, b)
+            y += (delta * _reference_keep((rows, width), dropout, seed, y.device)).div_(1 - dropout)
+        else:
+            _reference_add(y, s, b)
+        return
+    blocks = cdiv(width, _BLOCK_N)
+    launch(
+        _add_kernel,
+        (cdiv(rows, _BLOCK_T) * blocks,),
+        y.device,
+        y,
+        s,
+        b,
+        rows,
+        width,
+        s.shape[1],
+        s.stride(0),
+        b.stride(0),
+        b.stride(1),
+        blocks,
+        seed,
+        _threshold(dropout),
+        1 / (1 - dropout),
+        DROPOUT=dropout > 0,
+        RANK=rank_block(s.shape[1]),
+        ONE_BLOCK=s.shape[1] <= MAX_RANK_BLOCK,
+        IEEE=s.dtype == torch.float32,
+        BLOCK_T=_BLOCK_T,
+        BLOCK_N=_BLOCK_N,
+        num_warps=_WARPS,
+    )
+
+
+def _no_output(*_: Any) -> None:
+    return None
+
+
+def _dropout(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    out = torch.empty_like(x)
+    rows, width = x.shape
+    if x.numel() == 0:
+        return out
+    if not use_triton(x):
+        return torch.mul(x, _reference_keep((rows, width), dropout, seed, x.device), out=out).div_(1 - dropout)
+    blocks = cdiv(width, _BLOCK_N)
+    launch(
+        _dropout_kernel,
+        (cdiv(rows, _BLOCK_T) * blocks,),
+        x.device,
+        x,
+        out,
+        rows,
+        width,
+        blocks,
+        seed,
+        _threshold(dropout),
+        1 / (1 - dropout),
+        BLOCK_T=_BLOCK_T,
+        BLOCK_N=_BLOCK_N,
+        num_warps=_WARPS,
+    )
+    return out
+
+
+def _pack(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """Up to six tensors, cast and flattened, one behind the other."""
+    if not use_triton(tensors[0]):
+        return torch.cat([tensor.reshape(-1).to(dtype) for tensor in tensors])
+    tensors = [tensor.contiguous() for tensor in tensors]
+    ends, end = [], 0
+    for tensor in tensors:
+        end += tensor.numel()
+        ends.append(end)
+    out = torch.empty(end, dtype=dtype, device=tensors[0].device)
+    missing = 6 - len(tensors)
+    launch(
+        _pack_kernel,
+        (cdiv(end, _PACK_BLOCK),),
+        out.device,
+        *tensors,
+        *tensors[-1:] * missing,
+        out,
+        *ends,
+        *ends[-1:] * missing,
+        BLOCK=_PACK_BLOCK,
+    )
+    return out
+
+
+low_rank_add_ = register_op(
+    "low_rank_add_(Tensor(a!) y, Tensor s, Tensor b, float dropout, int seed) -> ()", _add, _no_output
+)
+_lora_dropout = register_op(
+    "lora_dropout(Tensor x, float dropout, int seed) -> Tensor", _dropout, lambda x, dropout, seed: torch.empty_like(x)
+)
+_lora_pack = register_op(
+    "lora_pack(Tensor[] tensors, ScalarType dtype) -> Tensor",
+    _pack,
+    lambda tensors, dtype: tensors[0].new_empty(sum(tensor.numel() for tensor in tensors), dtype=dtype),
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a @ b in `dtype`, rounded once."""
+    if torch.promote_types(a.dtype, dtype) == a.dtype:
+        return torch.mm(a, b).to(dtype)
+    if a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    wide = torch.promote_types(a.dtype, dtype)
+    return torch.mm(a.to(wide), b.to(wide)).to(dtype)
+
+
+def draw_seed(device: torch.device) -> int:
+    """A seed that follows torch's generator of the device: the same after the same `manual_seed`, and in recompute.
+
+    On CUDA the generator is moved on without launching anything.
+    """
+    if device.type == "cuda":
+        generator = torch.cuda.default_generators[device.index]
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)
+        return (generator.initial_seed() + 0x9E3779B1 * offset) % (2**31 - 1)
+    return int(torch.randint(2**31 - 1, ()).item())
+
+
+class Adapters(NamedTuple):
+    """The adapters of several projections in one dtype.
+
+    Attributes:
+        a: all A_i, one above the other, [sum r_i, K].
+        b: the B_i, each [N_i, r_i]; None where there is no adapter.
+        columns: where the ranks of projection i are, as slices.
+    """
+
+    a: torch.Tensor | None
+    b: list[torch.Tensor | None]
+    columns: list[slice]
+
+
+def gather_adapters(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None], dtype: torch.dtype) -> Adapters:
+    """Casts and stacks, in one launch, what is not as it should be already."""
+    columns, end = [], 0
+    for each in a:
+        start, end = end, end + (0 if each is None else each.shape[0])
+        columns.append(slice(start, end))
+    all_a = [each for each in a if each is not None]
+    all_b = [each for each in b if each is not None]
+    if not all_a:
+        return Adapters(None, list(b), columns)
+    cast_b = any(each.dtype != dtype for each in all_b)
+    if len(all_a) == 1 and not cast_b and all_a[0].dtype == dtype:
+        return Adapters(all_a[0], list(b), columns)
+    flat = _lora_pack([*all_a, *(all_b if cast_b else [])], dtype)
+    width = all_a[0].shape[1]
+    stacked = flat[: end * width].view(end, width)
+    if not cast_b:
+        return Adapters(stacked, list(b), columns)
+    parts = iter(flat[end * width :].split([each.numel() for each in all_b]))
+    return Adapters(stacked, [None if each is None else next(parts).view(each.shape) for each in b], columns)
+
+
+def low_rank_inputs(
+    x: torch.Tensor, adapters: Adapters, scalings: Sequence[float], dropouts: Sequence[float], seeds: Sequence[int]
+) -> torch.Tensor | None:
+    """All S_i side by side, [T, sum r_i], in the dtype of the adapters."""
+    a, columns = adapters.a, adapters.columns
+    if a is None:
+        return None
+    x = x.to(a.dtype)
+    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
+    used = [i for i, each in enumerate(columns) if each.stop > each.start]
+    if not any(dropouts) and len({scalings[i] for i in used}) == 1:
+        return torch.addmm(s, x, a.t(), beta=0, alpha=scalings[used[0]], out=s)
+    for i in used:
+        s_i, a_i = s[:, columns[i]], a[columns[i]]
+        dropped = _lora_dropout(x, dropouts[i], seeds[i]) if dropouts[i] else x
+        torch.addmm(s_i, dropped, a_i.t(), beta=0, alpha=scalings[i], out=s_i)
+    return s
+
+
+def low_rank_gradients(
+    x: torch.Tensor,
+    ds: torch.Tensor,
+    a: Sequence[torch.dtype | None],
+    columns: list[slice],
+    dropouts: Sequence[float],
+    seeds: Sequence[int],
+) -> list[torch.Tensor | None]:
+    """dA_i = dS_i^T @ dropout_i(x) for those whose dtype is given."""
+    dtypes = {dtype for dtype in a if dtype is not None}
+    x = x.to(ds.dtype)
+    if not any(dropouts) and len(dtypes) == 1 and None not in a:
+        stacked = product(ds.t(), x, dtypes.pop())
+        return [stacked[each] for each in columns]
+    gradients: list[torch.Tensor | None] = []
+    for dtype, each, dropout, seed in zip(a, columns, dropouts, seeds, strict=True):
+        if dtype is None:
+            gradients.append(None)
+            continue
+        dropped = _lora_dropout(x, dropout, seed) if dropout else x
+        gradients.append(product(ds[:, each].t(), dropped, dtype))
+    return gradients
+
+
+def add_input_gradient(
+    dx: torch.Tensor, ds: torch.Tensor, adapters: Adapters, dropouts: Sequence[float], seeds: Sequence[int]
+) -> None:
+    """dx += sum over i of dropout_i'(dS_i @ A_i)."""
+    assert adapters.a is not None
+    if not any(dropouts):
+        low_rank_add_(dx, ds, adapters.a.t(), 0.0, 0)
+        return
+    for each, dropout, seed in zip(adapters.columns, dropouts, seeds, strict=True):
+        low_rank_add_(dx, ds[:, each], adapters.a[each].t(), dropout, seed)
+
+
+def dense(weight: torch.Tensor, expand: Expand | None, dtype: torch.dtype, backward: bool) -> torch.Tensor:
+    """The weight [N, K] in `dtype`. The allocator hands the block of one expanded weight to the next."""
+    return weight.to(dtype) if expand is None else expand(weight, dtype, backward)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """x @ weight^T + bias, computed in the dtype of x, in a contiguous tensor of `dtype`."""
+    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+    return y.to(dtype)
+
+
+class Static(NamedTuple):
+    """What of the projections is no tensor."""
+
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+    expand: tuple[Expand | None, ...]
+    low: torch.dtype
+    out: torch.dtype
+
+
+def static_of(
+    x: torch.Tensor, projections: Sequence[Projection], low: torch.dtype | None, out: torch.dtype | None
+) -> Static:
+    return Static(
+        tuple(projection.scaling for projection in projections),
+        tuple(projection.dropout for projection in projections),
+        tuple(projection.expand for projection in projections),
+        low or x.dtype,
+        out or x.dtype,
+    )
+
+
+class _LoRALinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, static: Static, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        weights, biases, a, b = (tensors[i::4] for i in range(4))
+        ctx.set_materialize_grads(False)
+        ctx.static, ctx.shape = static, x.shape
+        ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        x = x.reshape(-1, x.shape[-1])
+        ctx.seeds = tuple(draw_seed(x.device) if dropout else 0 for dropout in static.dropout)
+        adapters = gather_adapters(a, b, static.low)
+        s = low_rank_inputs(x, adapters, static.scaling, static.dropout, ctx.seeds)
+        outputs = []
+        for i, weight in enumerate(weights):
+            assert weight is not None
+            y = linear(x, dense(weight, static.expand[i], x.dtype, False), biases[i], static.out)
+            b_i = adapters.b[i]
+            if b_i is not None:
+                assert s is not None
+                low_rank_add_(y, s[:, adapters.columns[i]], b_i, 0.0, 0)
+            outputs.append(y.view(*ctx.shape[:-1], y.shape[-1]))
+        ctx.columns = adapters.columns
+        ctx.save_for_backward(x, s, adapters.a, *weights, *adapters.b)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        static, count = ctx.static, len(output_gradients)
+        x, s, a, *rest = ctx.saved_tensors
+        weights, adapters = rest[:count], Adapters(a, rest[count:], ctx.columns)
+        need_x, _, *need = ctx.needs_input_grad
+        gradients: list[torch.Tensor | None] = [None] * (4 * count)
+        dx, ds = None, None
+        if s is not None:
+            ds = (torch.empty_like if None not in output_gradients else torch.zeros_like)(s)
+        for i, dy in enumerate(output_gradients):
+            if dy is None:
+                continue
+            dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+            _, need_bias, need_a, need_b = need[4 * i : 4 * i + 4]
+            if need_bias:
+                gradients[4 * i + 1] = dy.sum(0, dtype=ctx.dtypes[4 * i + 1])
+            b_i = adapters.b[i]
+            if b_i is not None:
+                assert s is not None
+                assert ds is not None
+                each, low = ctx.columns[i], dy.to(static.low)
+                ds_i = ds[:, each]
+                if need_a or need_x:
+                    torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
+                if need_b:
+                    gradients[4 * i + 3] = product(low.t(), s[:, each], ctx.dtypes[4 * i + 3])
+                del low
+            if need_x:
+                weight = dense(weights[i], static.expand[i], x.dtype, True)
+                dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
+                del weight
+        if ds is not None:
+            wanted = [ctx.dtypes[4 * i + 2] if need[4 * i + 2] else None for i in range(count)]
+            if any(wanted):
+                gradients[2::4] = low_rank_gradients(x, ds, wanted, ctx.columns, static.dropout, ctx.seeds)
+            if dx is not None:
+                add_input_gradient(dx, ds, adapters, static.dropout, ctx.seeds)
+        return None if dx is None else dx.view(ctx.shape), None, *gradients
+
+
+class _LoRAAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        scaling: float,
+        dropout: float,
+        low: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.shape, ctx.scaling, ctx.dropout, ctx.dtypes = x.shape, scaling, dropout, (x.dtype, a.dtype, b.dtype)
+        x = x.reshape(-1, x.shape[-1])
+        ctx.seed = draw_seed(x.device) if dropout else 0
+        adapters = gather_adapters([a], [b], low)
+        s = low_rank_inputs(x, adapters, [scaling], [dropout], [ctx.seed])
+        assert s is not None
+        assert adapters.b[0] is not None
+        out = y.reshape(-1, y.shape[-1]).clone(memory_format=torch.contiguous_format)
+        low_rank_add_(out, s, adapters.b[0], 0.0, 0)
+        ctx.save_for_backward(x, s, adapters.a, adapters.b[0])
+        return out.view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, s, a, b = ctx.saved_tensors
+        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        low = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
+        dx = da = db = None
+        if need_b:
+            db = product(low.t(), s, ctx.dtypes[2])
+        if need_x or need_a:
+            ds = torch.empty_like(s)
+            torch.addmm(ds, low, b, beta=0, alpha=ctx.scaling, out=ds)
+            columns = [slice(0, s.shape[1])]
+            if need_a:
+                (da,) = low_rank_gradients(x, ds, [ctx.dtypes[1]], columns, [ctx.dropout], [ctx.seed])
+            if need_x:
+                if ctx.dropout:
+                    dx = torch.zeros_like(x)
+                    add_input_gradient(dx, ds, Adapters(a, [b], columns), [ctx.dropout], [ctx.seed])
+                else:
+                    dx = product(ds, a, x.dtype)
+                dx = dx.view(ctx.shape)
+        return dy, dx, da, db, None, None, None
+
+
+def check(width: int, projection: Projection) -> None:
+    """Raises for a projection that does not fit an input of `width` columns."""
+    weight, bias, a, b = projection[:4]
+    if weight.requires_grad:
+        raise TypeError("the weight under an adapter must be frozen (requires_grad=False)")
+    if projection.expand is None and (weight.ndim != 2 or weight.shape[1] != width):
+        raise ValueError(f"weight must have shape [N, {width}], got {list(weight.shape)}")
+    if projection.expand is None and bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
+    if (a is None) != (b is None):
+        raise ValueError("an adapter is two matrices: give both a and b, or neither")
+    if a is not None and b is not None:
+        check_adapter(width, a, b, projection.dropout)
+        if projection.expand is None and b.shape[0] != weight.shape[0]:
+            raise ValueError(f"b must have {weight.shape[0]} rows like weight, got {b.shape[0]}")
+
+
+def check_adapter(width: int, a: torch.Tensor, b: torch.Tensor, dropout: float) -> None:
+    """Raises for an adapter that does not fit an input of `width` columns."""
+    if a.ndim != 2 or a.shape[1] != width or b.ndim != 2 or b.shape[1] != a.shape[0]:
+        raise ValueError(f"a must be [r, {width}] and b [N, r], got {list(a.shape)} and {list(b.shape)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+def lora_linears(
+    x: torch.Tensor, projections: Sequence[Projection], low: torch.dtype | None = None, out: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """All projections of one input.
+
+    Args:
+        x: [..., K], in the dtype to compute in; dense weights are cast to it.
+        projections: three at most, each with a weight of K columns.
+        low: dtype of the low-rank products; default: that of x.
+        out: dtype of the outputs; default: that of x.
+
+    Returns:
+        One [..., N_i] for each.
+    """
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"between one and three projections, got {len(projections)}")
+    for projection in projections:
+        check(x.shape[-1], projection)
+    static = static_of(x, projections, low, out)
+    return _LoRALinears.apply(x, static, *(tensor for projection in projections for tensor in projection[:4]))
+
+
+def lora_add(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    low: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y + scaling * dropout(x) @ a^T @ b^T: an adapter beside a layer that makes y [..., N] from x [..., K] itself."""
+    check_adapter(x.shape[-1], a, b, dropout)
+    if y.shape != (*x.shape[:-1], b.shape[0]):
+        raise ValueError(f"y must be {[*x.shape[:-1], b.shape[0]]}, got {list(y.shape)}")
+    return _LoRAAdd.apply(y, x, a, b, scaling, dropout, low or x.dtype)

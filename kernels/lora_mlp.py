@@ -1,0 +1,470 @@
+"""Gated MLP whose three projections carry low-rank adapters (LoRA) on frozen weights, forward and backward.
+
+Formula, with S = s * x @ A^T for each projection:
+
+    gate = x @ Wg^T + S_g @ Bg^T       up = x @ Wu^T + S_u @ Bu^T       h = act(gate) * up
+    y = h @ Wd^T + S_d @ Bd^T                                           S_d = s_d * h @ Ad^T
+
+    dh = dy @ Wd + dS_d @ Ad,  then dgate and dup as in glu.py, and the gradients of the projections as in lora.py
+
+The adapters' outputs of gate and up are never added to the [T, I] results of the products with W: the kernels of the
+activation and of its derivative add S @ B^T in registers, from [T, r] and [N, r] that stay in cache, and likewise
+dS_d @ Ad to dh. h is not saved but made again, in the pass that makes dgate and dup, for the gradient of Ad.
+
+Shapes: x [..., K]; Wg, Wu [I, K]; Wd [N, I]; y [..., N]. The first two projections have the input x, the third h.
+Dtypes, errors and the packed form of weights: see lora.py. No dropout: its mask would have to be drawn for h.
+
+Floor, for T rows of e-byte elements, beyond the products with W: forward T*(K + 3*I + I + 2*N)*e bytes, backward
+T*(3*K + 6*I + 4*I + I + 2*N)*e.
+
+Source: see glu.py and lora.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from ._launch import cdiv, launch, register_op, use_triton
+from .glu import ACTIVATIONS, reference_backward, reference_forward, share_of, slope_of
+from .lora import (
+    MAX_RANK_BLOCK,
+    Adapters,
+    Projection,
+    Static,
+    add_low_rank,
+    check,
+    dense,
+    gather_adapters,
+    linear,
+    low_rank_add_,
+    low_rank_gradients,
+    low_rank_inputs,
+    product,
+    rank_block,
+    static_of,
+)
+
+# ---------------------------------------------------------------------------------------------------- torch reference
+
+
+def _reference_sum(y: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor:
+    """y + s @ b^T in float32 or wider."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    if s is None or b is None:
+        return y.to(wide)
+    wide = torch.promote_types(wide, s.dtype)
+    return torch.addmm(y.to(wide), s.to(wide), b.to(wide).t())
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _forward_kernel(
+    gate_ptr,
+    up_ptr,
+    h_ptr,
+    rows,
+    width,
+    row_stride,
+    s_gate_ptr,
+    s_up_ptr,
+    s_stride,
+    b_gate_ptr,
+    b_up_ptr,
+    gate_rank,
+    up_rank,
+    blocks,
+    ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    IEEE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """h for one tile per program."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, n = (row, row < rows), (column, column < width)
+    offset = row[:, None] * row_stride + column[None, :]
+    mask = (row[:, None] < rows) & (column[None, :] < width)
+    gate = tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    if gate_rank > 0:
+        gate = add_low_rank(
+            gate, s_gate_ptr, s_stride, t, b_gate_ptr, gate_rank, 1, n, gate_rank, RANK, ONE_BLOCK, IEEE
+        )
+    if up_rank > 0:
+        up = add_low_rank(up, s_up_ptr, s_stride, t, b_up_ptr, up_rank, 1, n, up_rank, RANK, ONE_BLOCK, IEEE)
+    share, _ = share_of(gate, ACTIVATION)
+    h = gate * share * up
+    tl.store(h_ptr + row[:, None] * width + column[None, :], h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dh_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    rows,
+    width,
+    row_stride,
+    s_gate_ptr,
+    s_up_ptr,
+    s_stride,
+    b_gate_ptr,
+    b_up_ptr,
+    gate_rank,
+    up_rank,
+    ds_down_ptr,
+    ds_down_stride,
+    a_down_ptr,
+    down_rank,
+    blocks,
+    ACTIVATION: tl.constexpr,
+    RANK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    IEEE: tl.constexpr,
+    KEEP_H: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dgate and dup for one tile per program. With KEEP_H dh is overwritten by h."""
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, n = (row, row < rows), (column, column < width)
+    offset = row[:, None] * row_stride + column[None, :]
+    dense = row[:, None] * width + column[None, :]
+    mask = (row[:, None] < rows) & (column[None, :] < width)
+    gate = tl.load(gate_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    dh = tl.load(dh_ptr + dense, mask=mask, other=0.0).to(tl.float32)
+    if gate_rank > 0:
+        gate = add_low_rank(
+            gate, s_gate_ptr, s_stride, t, b_gate_ptr, gate_rank, 1, n, gate_rank, RANK, ONE_BLOCK, IEEE
+        )
+    if up_rank > 0:
+        up = add_low_rank(up, s_up_ptr, s_stride, t, b_up_ptr, up_rank, 1, n, up_rank, RANK, ONE_BLOCK, IEEE)
+    if down_rank > 0:
+        dh = add_low_rank(dh, ds_down_ptr, ds_down_stride, t, a_down_ptr, 1, width, n, down_rank, RANK, ONE_BLOCK, IEEE)
+    share, rest = share_of(gate, ACTIVATION)
+    activated = gate * share
+    dup = dh * activated
+    dgate = dh * up * (share + gate * slope_of(gate, share, rest, ACTIVATION))
+    tl.store(dgate_ptr + offset, dgate.to(dgate_ptr.dtype.element_ty), mask=mask)
+    tl.store(dup_ptr + offset, dup.to(dup_ptr.dtype.element_ty), mask=mask)
+    if KEEP_H:
+        # The layouts of load and store may differ: no thread stores h where another has yet to load dh.
+        tl.debug_barrier()
+        h = activated * up
+        tl.store(dh_ptr + dense, h.to(dh_ptr.dtype.element_ty), mask=mask)
+
+
+# H200, [4096, 14336] bf16, rank 16: forward 107 us (floor 83; 32 x 128 with 8 warps: 111), backward 236 us (floor 166;
+# 32 x 128 with 8 warps: 239). At rank 64 the backward tile is the best too, at 293 us; 64 x 64 is forward, at 135 us.
+# Adding the products to the tiles instead of starting from them: 148 and 318 us at rank 16.
+_FORWARD_TILE = {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": 4}
+_BACKWARD_TILE = {"BLOCK_T": 64, "BLOCK_N": 32, "num_warps": 4}
+
+
+# ---------------------------------------------------------------------------------------------------------------- ops
+
+# gate and up are the results of the products with W, [T, I] each, or `up` is None and `gate` [T, 2 I] holds both, as do
+# their gradients then. The adapters' parts that are None are left out of the sum.
+
+_Part = torch.Tensor | None
+
+
+def _halves(gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    if up is not None:
+        return gate, up
+    width = gate.shape[1] // 2
+    return gate[:, :width], gate[:, width:]
+
+
+def _rank(b: _Part) -> int:
+    return 0 if b is None else b.shape[1]
+
+
+def _empty_forward(
+    gate: torch.Tensor, up: _Part, s_gate: _Part, b_gate: _Part, s_up: _Part, b_up: _Part, activation: str
+) -> torch.Tensor:
+    return gate.new_empty(_halves(gate, up)[0].shape)
+
+
+def _forward(
+    gate: torch.Tensor, up: _Part, s_gate: _Part, b_gate: _Part, s_up: _Part, b_up: _Part, activation: str
+) -> torch.Tensor:
+    h = _empty_forward(gate, up, s_gate, b_gate, s_up, b_up, activation)
+    if h.numel() == 0:
+        return h
+    gate, up = _halves(gate, up)
+    if not use_triton(gate):
+        reference_forward(_reference_sum(gate, s_gate, b_gate), _reference_sum(up, s_up, b_up), activation, h)
+        return h
+    (rows, width), gate_rank, up_rank = h.shape, _rank(b_gate), _rank(b_up)
+    s = s_gate if s_gate is not None else s_up
+    blocks = cdiv(width, _FORWARD_TILE["BLOCK_N"])
+    launch(
+        _forward_kernel,
+        (cdiv(rows, _FORWARD_TILE["BLOCK_T"]) * blocks,),
+        h.device,
+        gate,
+        up,
+        h,
+        rows,
+        width,
+        gate.stride(0),
+        gate if s_gate is None else s_gate,
+        gate if s_up is None else s_up,
+        0 if s is None else s.stride(0),
+        gate if b_gate is None else b_gate,
+        gate if b_up is None else b_up,
+        gate_rank,
+        up_rank,
+        blocks,
+        ACTIVATION=activation,
+        RANK=rank_block(max(gate_rank, up_rank)),
+        ONE_BLOCK=max(gate_rank, up_rank) <= MAX_RANK_BLOCK,
+        IEEE=s is None or s.dtype == torch.float32,
+        **_FORWARD_TILE,
+    )
+    return h
+
+
+def _empty_backward(
+    dh: torch.Tensor,
+    gate: torch.Tensor,
+    up: _Part,
+    s_gate: _Part,
+    b_gate: _Part,
+    s_up: _Part,
+    b_up: _Part,
+    ds_down: _Part,
+    a_down: _Part,
+    keep_h: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(gate), gate.new_empty(0) if up is None else torch.empty_like(up)
+
+
+def _backward(
+    dh: torch.Tensor,
+    gate: torch.Tensor,
+    up: _Part,
+    s_gate: _Part,
+    b_gate: _Part,
+    s_up: _Part,
+    b_up: _Part,
+    ds_down: _Part,
+    a_down: _Part,
+    keep_h: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    gradients = _empty_backward(dh, gate, up, s_gate, b_gate, s_up, b_up, ds_down, a_down, keep_h, activation)
+    if dh.numel() == 0:
+        return gradients
+    dgate, dup = _halves(gradients[0], None if up is None else gradients[1])
+    gate, up = _halves(gate, up)
+    if not use_triton(gate):
+        gate, up = _reference_sum(gate, s_gate, b_gate), _reference_sum(up, s_up, b_up)
+        a = None if a_down is None else a_down.t()
+        reference_backward(_reference_sum(dh, ds_down, a), gate, up, activation, dgate, dup)
+        if keep_h:
+            reference_forward(gate, up, activation, dh)
+        return gradients
+    (rows, width), gate_rank, up_rank = dh.shape, _rank(b_gate), _rank(b_up)
+    down_rank = 0 if a_down is None else a_down.shape[0]
+    s = s_gate if s_gate is not None else s_up
+    low = s if s is not None else ds_down
+    blocks = cdiv(width, _BACKWARD_TILE["BLOCK_N"])
+    launch(
+        _backward_kernel,
+        (cdiv(rows, _BACKWARD_TILE["BLOCK_T"]) * blocks,),
+        dh.device,
+        dh,
+        gate,
+        up,
+        dgate,
+        dup,
+        rows,
+        width,
+        gate.stride(0),
+        gate if s_gate is None else s_gate,
+        gate if s_up is None else s_up,
+        0 if s is None else s.stride(0),
+        gate if b_gate is None else b_gate,
+        gate if b_up is None else b_up,
+        gate_rank,
+        up_rank,
+        gate if ds_down is None else ds_down,
+        0 if ds_down is None else ds_down.stride(0),
+        gate if a_down is None else a_down,
+        down_rank,
+        blocks,
+        ACTIVATION=activation,
+        RANK=rank_block(max(gate_rank, up_rank, down_rank)),
+        ONE_BLOCK=max(gate_rank, up_rank, down_rank) <= MAX_RANK_BLOCK,
+        IEEE=low is None or low.dtype == torch.float32,
+        KEEP_H=keep_h,
+        **_BACKWARD_TILE,
+    )
+    return gradients
+
+
+_lora_glu = register_op(
+    "lora_glu(Tensor gate, Tensor? up, Tensor? s_gate, Tensor? b_gate, Tensor? s_up, Tensor? b_up, str activation)"
+    " -> Tensor",
+    _forward,
+    _empty_forward,
+)
+# Overwrites dh, which the caller owns, with h where keep_h is set.
+_lora_glu_backward = register_op(
+    "lora_glu_backward(Tensor(a!) dh, Tensor gate, Tensor? up, Tensor? s_gate, Tensor? b_gate, Tensor? s_up,"
+    " Tensor? b_up, Tensor? ds_down, Tensor? a_down, bool keep_h, str activation) -> (Tensor, Tensor)",
+    _backward,
+    _empty_backward,
+)
+
+
+# ----------------------------------------------------------------------------------------------------------- autograd
+
+
+def _parts(s: _Part, adapters: Adapters, width: int) -> tuple[_Part, _Part, _Part, _Part]:
+    """S_g, B_g, S_u, B_u, each None where there is no adapter; from one adapter for both where they are packed."""
+    s_of = [
+        None if s is None or b is None else s[:, each] for b, each in zip(adapters.b, adapters.columns, strict=True)
+    ]
+    if len(adapters.b) == 2:
+        return s_of[0], adapters.b[0], s_of[1], adapters.b[1]
+    b = adapters.b[0]
+    if b is None:
+        return None, None, None, None
+    return s_of[0], b[:width], s_of[0], b[width:]
+
+
+class _LoRAMLP(torch.autograd.Function):
+    """Projections: gate, up and down, or gate_up and down."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, activation: str, static: Static, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
+        weights, biases, a, b = (tensors[i::4] for i in range(4))
+        ctx.static, ctx.activation, ctx.shape = static, activation, x.shape
+        ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        x = x.reshape(-1, x.shape[-1])
+        into, down = gather_adapters(a[:-1], b[:-1], static.low), gather_adapters(a[-1:], b[-1:], static.low)
+        s = low_rank_inputs(x, into, static.scaling, static.dropout, (0,) * len(weights))
+        hidden = []
+        for i, weight in enumerate(weights[:-1]):
+            assert weight is not None
+            hidden.append(linear(x, dense(weight, static.expand[i], x.dtype, False), biases[i], x.dtype))
+        gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
+        width = _halves(gate, up)[0].shape[1]
+        h = _lora_glu(gate, up, *_parts(s, into, width), activation)
+        s_down = low_rank_inputs(h, down, static.scaling[-1:], (0.0,), (0,))
+        weight = weights[-1]
+        assert weight is not None
+        y = linear(h, dense(weight, static.expand[-1], x.dtype, False), biases[-1], static.out)
+        if s_down is not None:
+            low_rank_add_(y, s_down, down.b[0], 0.0, 0)
+        ctx.columns = into.columns
+        ctx.save_for_backward(x, gate, up, s, s_down, into.a, down.a, down.b[0], *weights, *into.b)
+        return y.view(*ctx.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+        static, count = ctx.static, len(ctx.dtypes) // 4
+        x, gate, up, s, s_down, a, a_down, b_down, *rest = ctx.saved_tensors
+        weights, into = rest[:count], Adapters(a, rest[count:], ctx.columns)
+        need_x, _, _, *need = ctx.needs_input_grad
+        need_bias, need_a, need_b = need[1::4], need[2::4], need[3::4]
+        gradients: list[torch.Tensor | None] = [None] * (4 * count)
+
+        dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+        if need_bias[-1]:
+            gradients[4 * count - 3] = dy.sum(0, dtype=ctx.dtypes[-3])
+        ds_down = None
+        if s_down is not None:
+            low = dy.to(static.low)
+            ds_down = torch.empty_like(s_down)
+            torch.addmm(ds_down, low, b_down, beta=0, alpha=static.scaling[-1], out=ds_down)
+            if need_b[-1]:
+                gradients[-1] = product(low.t(), s_down, ctx.dtypes[-1])
+            del low
+        dh = torch.mm(dy, dense(weights[-1], static.expand[-1], x.dtype, True))
+        del dy
+        width = dh.shape[1]
+        parts = _parts(s, into, width)
+        dgate, dup = _lora_glu_backward(dh, gate, up, *parts, ds_down, a_down, need_a[-1], ctx.activation)
+        if need_a[-1]:
+            gradients[-2] = product(ds_down.t(), dh.to(static.low), ctx.dtypes[-2])
+        del dh
+
+        dx, ds = None, None if s is None else torch.empty_like(s)
+        for i, dhidden in enumerate((dgate,) if up is None else (dgate, dup)):
+            if need_bias[i]:
+                gradients[4 * i + 1] = dhidden.sum(0, dtype=ctx.dtypes[4 * i + 1])
+            b_i = into.b[i]
+            if b_i is not None:
+                assert s is not None
+                assert ds is not None
+                each, low = ctx.columns[i], dhidden.to(static.low)
+                ds_i = ds[:, each]
+                torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
+                if need_b[i]:
+                    gradients[4 * i + 3] = product(low.t(), s[:, each], ctx.dtypes[4 * i + 3])
+                del low
+            if need_x:
+                weight = dense(weights[i], static.expand[i], x.dtype, True)
+                dx = torch.mm(dhidden, weight) if dx is None else dx.addmm_(dhidden, weight)
+                del weight
+        if ds is not None:
+            wanted = [ctx.dtypes[4 * i + 2] if need_a[i] else None for i in range(count - 1)]
+            if any(wanted):
+                none = (0,) * (count - 1)
+                gradients[2:-4:4] = low_rank_gradients(x, ds, wanted, ctx.columns, none, none)
+            if dx is not None:
+                low_rank_add_(dx, ds, a.t(), 0.0, 0)
+        return None if dx is None else dx.view(ctx.shape), None, None, *gradients
+
+
+def lora_gated_mlp(
+    x: torch.Tensor,
+    projections: tuple[Projection, ...],
+    activation: str,
+    low: torch.dtype | None = None,
+    out: torch.dtype | None = None,
+) -> torch.Tensor:
+    """down(act(gate(x)) * up(x)).
+
+    Args:
+        x: [..., K], in the dtype to compute in; dense weights are cast to it.
+        projections: gate, up and down; or gate_up, which holds gate before up, and down. None with dropout.
+        activation: "silu", "gelu_tanh" or "gelu".
+        low: dtype of the low-rank products; default: that of x.
+        out: dtype of the output; default: that of x.
+
+    Returns:
+        [..., N], N being the outputs of down.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if len(projections) not in (2, 3):
+        raise ValueError(f"gate, up and down, or gate_up and down; got {len(projections)} projections")
+    for projection in projections[:-1]:
+        check(x.shape[-1], projection)
+    if any(projection.dropout for projection in projections):
+        raise ValueError("a gated MLP with dropout in its adapters must be computed projection by projection")
+    return _LoRAMLP.apply(
+        x, activation, static_of(x, projections, low, out), *(tensor for each in projections for tensor in each[:4])
+    )
