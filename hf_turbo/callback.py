@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback
@@ -29,3 +30,15 @@ class TurboCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         lifecycle.hook_trainer()  # again, if disable() was called in between
+
+
+class AtTrainBegin(TrainerCallback):
+    """Calls `action` once, when everything is prepared and the first step is next."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action: Callable[[], None] | None = action
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        action, self._action = self._action, None
+        if action is not None:
+            action()

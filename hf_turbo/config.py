@@ -27,6 +27,12 @@ class TurboConfig:
             projections, and whole gated MLPs, are one function together.
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory.
+        offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
+            the computation; "auto" where the copies hide behind it.
+        optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
+            launches for all tensors together.
+        host: less time on the host between steps: `train()`, `parameters()` and other walks over a model's modules take
+            one loop each, and Trainer's check for a NaN loss waits for the loss, not for the backward pass.
         metrics: add `turbo/tokens_per_second`, `turbo/peak_memory_gib` and `turbo/mfu` to the Trainer's own logs.
         report: print the table of what was patched at train begin and write `hf_turbo_report.json` to `output_dir`.
 
@@ -40,6 +46,9 @@ class TurboConfig:
     rope: Choice = "auto"
     loss: Choice = "auto"
     lora: Choice = "auto"
+    offload: Choice = "auto"
+    optimizer: Choice = "auto"
+    host: Choice = "auto"
     expanded_weights: bool = False
     metrics: bool = True
     report: bool = True

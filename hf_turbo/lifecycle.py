@@ -72,6 +72,7 @@ class _Activation:
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
+        self._meet_host()
         conflict = conflicts.model_conflict(model)
         loss_conflict = None
         if by_loop and self.config.loss == "auto":
@@ -87,9 +88,13 @@ class _Activation:
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model), conflict),
             "rope": (lambda: rope.find(model), conflict),
-            "lora": (lambda: lora.find(model, self.config.expanded_weights), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
+        if self.config.lora is True or lora.concerns(model):
+            roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
+        offload = self._offload(model, trainer, by_loop)
+        if offload is not None:
+            roles["offload"] = (offload[0], conflict or offload[1])
         name = _model_name(model)
         rows = []
         for role, (find, reason) in roles.items():
@@ -103,11 +108,71 @@ class _Activation:
         self.report.models[id(model)] = rows
         self._met.add(model)
 
+    def _offload(
+        self, model: nn.Module, trainer: Any, by_loop: bool
+    ) -> tuple[Callable[[], Finding], str | None] | None:
+        """How to find layers to offload, and what is against it; None where there is nothing to offload from."""
+        from hf_turbo.patches import checkpointing, host_memory
+
+        from .metrics import peak_flops
+        from .policies.checkpointing import host_budget, keep_on_device_reason
+
+        device = _training_device(model, trainer, by_loop)
+        choice, can_copy = self.config.offload, device.type in checkpointing.COPIES
+        if not (can_copy or choice is True) or model is getattr(trainer, "ref_model", None):
+            return None
+
+        def why_not(bytes_per_token: int, flops_per_token: float) -> str | None:
+            if choice != "auto":
+                return None
+            speeds = peak_flops(device), host_memory.link_speed(device)
+            return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
+
+        def find() -> Finding:
+            asked = None if trainer is None else checkpointing.trainer_asks(trainer)
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+            budget = host_budget(host_memory.available(), processes)
+            return checkpointing.find(model, asked=asked, why_not=why_not, budget=budget)
+
+        conflict = None if can_copy else f"nothing to offload from: training on {device.type}"
+        return find, conflict or (checkpointing.trainer_conflict(trainer) if trainer is not None else None)
+
+    def meet_optimizer(self, optimizer: Any, accelerator: Any) -> None:
+        """Patches an optimizer that is about to be prepared, and records its row."""
+        from hf_turbo.patches import optimizers
+
+        optimizer, on_cpu = optimizers.unwrapped(optimizer), self.config.optimizer is True
+        conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
+        name = type(optimizer).__name__
+        finding = optimizers.find(optimizer, self.report.notes.append, on_cpu)
+        row = self._apply(optimizer, name, "optimizer", finding, conflict)
+        if on_cpu and row.patched == 0:
+            raise RuntimeError(
+                f"hf_turbo: optimizer=True was asked for but cannot be had of {name}: {row.reason}. "
+                "Use optimizer='auto' to go on without it"
+            )
+        self.report.models[id(optimizer)] = [row]
+
+    def _meet_host(self) -> None:
+        """Patches what the host does between steps, when the first model is met, and records the rows."""
+        from torch import nn
+
+        from hf_turbo.patches import loss_check, module_walks
+
+        if self.report.process:
+            return
+        for finding in (module_walks.find(), loss_check.find()):
+            if finding.found:
+                self.report.process.append(self._apply(nn.Module, "any", "host", finding, None))
+        if self.config.host is True and not any(row.patched for row in self.report.process):
+            reasons = "; ".join(row.reason for row in self.report.process)
+            raise RuntimeError(f"hf_turbo: host=True was asked for but cannot be had: {reasons}")
+
     def has_met(self, model: nn.Module) -> bool:
         """Whether this model, or one that it wraps, was patched here already."""
         return any(module in self._met for module in model.modules())
 
-    def _apply(self, model: nn.Module, model_name: str, role: str, finding: Finding, conflict: str | None) -> Row:
+    def _apply(self, model: Any, model_name: str, role: str, finding: Finding, conflict: str | None) -> Row:
         choice = getattr(self.config, role)
         if choice is False:
             conflict = f"switched off: {role}=False"
@@ -262,7 +327,8 @@ def _hook_entries() -> None:
         hook(trainer_patches.entry_patches(cls, _around_train, _model_made, _batches_fetched))
 
     def hook_accelerator_class() -> None:
-        hook(accelerate_patches.entry_patches(_loaded(accelerate_patches.MODULE).Accelerator, _model_prepared))
+        cls = _loaded(accelerate_patches.MODULE).Accelerator
+        hook(accelerate_patches.entry_patches(cls, _model_prepared, _optimizer_prepared))
 
     _STATE.imports.when_imported(trainer_patches.MODULE, hook_trainer_class)
     _STATE.imports.when_imported(accelerate_patches.MODULE, hook_accelerator_class)
@@ -293,24 +359,26 @@ def _around_train(trainer: Any) -> Iterator[None]:
     if activation is None or trainer in activation.training:
         yield
         return
-    meter = None
+    meter = table = None
     try:
         meter = _make_meter(trainer) if activation.config.metrics else None
+        table = _make_table(trainer, activation.report) if activation.config.report else None
         activation.training[trainer] = meter
         with _STATE.lock:
             for model in (trainer.model, getattr(trainer, "ref_model", None)):
                 if model is not None:
                     activation.meet(model, trainer)
-        if activation.config.report:
-            _show(trainer, activation.report)
         yield
     finally:
+        from hf_turbo.patches import checkpointing
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
+        checkpointing.end_training(trainer.model)
         activation.training.pop(trainer, None)
-        if meter is not None and meter in trainer.callback_handler.callbacks:
-            trainer.callback_handler.callbacks.remove(meter)
+        for callback in (meter, table):
+            if callback is not None and callback in trainer.callback_handler.callbacks:
+                trainer.callback_handler.callbacks.remove(callback)
         with _STATE.lock:
             if own and activation in _STATE.scoped:
                 _STATE.scoped.remove(activation)
@@ -324,6 +392,15 @@ def _make_meter(trainer: Any) -> MetricsCallback:
     meter = MetricsCallback(trainer.args.device)
     trainer.callback_handler.callbacks.insert(0, meter)
     return meter
+
+
+def _make_table(trainer: Any, report_: Report) -> Any:
+    """The callback that shows the report at train begin: before the progress bar, and after the optimizer was met."""
+    from .callback import AtTrainBegin
+
+    table = AtTrainBegin(lambda: _show(trainer, report_))
+    trainer.callback_handler.callbacks.insert(0, table)
+    return table
 
 
 def _model_made(trainer: Any, model: nn.Module) -> None:
@@ -346,6 +423,19 @@ def _model_prepared(model: nn.Module) -> None:
         activation = _STATE.enabled
         if activation is not None and not activation.has_met(model):
             activation.meet(model, by_loop=True)
+
+
+def _optimizer_prepared(accelerator: Any, optimizer: Any) -> None:
+    with _STATE.lock:
+        # A TurboCallback acts for the trainer that carries it, and so for that trainer's accelerator.
+        of_trainer = (
+            activation
+            for activation in _STATE.activations
+            if any(getattr(trainer, "accelerator", None) is accelerator for trainer in activation.training)
+        )
+        activation = next(of_trainer, _STATE.enabled)
+        if activation is not None:
+            activation.meet_optimizer(optimizer, accelerator)
 
 
 def _show(trainer: Any, report_: Report) -> None:
@@ -376,6 +466,17 @@ def _revert(patches: list[Patch], report_: Report) -> None:
         patch = patches.pop()
         if not patch.revert():
             report_.notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
+
+
+def _training_device(model: nn.Module, trainer: Any, by_loop: bool) -> Any:
+    """Where a model will compute; it may not have been moved there yet."""
+    import torch
+
+    if trainer is not None:
+        return trainer.args.device
+    if by_loop:
+        return _loaded("accelerate.state").PartialState().device
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _model_name(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ class Row:
 
     Attributes:
         model: class of the model, or the host module a patch acts on.
-        role: what the modules do: norms, mlp, rope, loss.
+        role: what the modules do: norms, mlp, rope, loss; or offload, optimizer.
         found, patched: how many there are, how many run a kernel of ours.
         kernel: what runs instead.
         exactness: exact, re-associated, re-drawn or approximate.
@@ -47,16 +47,19 @@ class Report:
         live: whether the patches act now.
         options: the TurboConfig in force, as a dict.
         models: rows by model, in the order met.
+        process: rows of what is patched once, whatever the models.
         notes: what happened beside patching, e.g. a patch that could not be reverted.
     """
 
     live: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     models: dict[int, list[Row]] = field(default_factory=dict)
+    process: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
+        """The rows of all models."""
         return [row for rows in self.models.values() for row in rows]
 
     @property
@@ -70,7 +73,7 @@ class Report:
             "live": self.live,
             "options": self.options,
             "versions": dict(_versions()),
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [asdict(row) for row in (*self.process, *self.rows)],
             "notes": self.notes,
         }
 
@@ -98,7 +101,7 @@ class Report:
         table = Table(title=f"hf_turbo {__version__} ({state})", title_justify="left")
         for column in ("model", "role", "patched", "kernel", "exactness", "stock, because"):
             table.add_column(column, overflow="fold")
-        for row in self.rows:
+        for row in (*self.process, *self.rows):
             colour = "green" if row.patched == row.found else "yellow" if row.patched else "dim"
             count = f"[{colour}]{row.patched} / {row.found}[/]"
             table.add_row(row.model, row.role, count, row.kernel, row.exactness, row.reason)

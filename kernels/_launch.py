@@ -56,16 +56,44 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return on_device and tensor.dtype != torch.float64
 
 
+# Compiled kernels, by all that Triton compiles them for; each with the values of its constexpr parameters in order.
+_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
     """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device).
 
+    Triton's look-up of the compiled kernel takes as much host time as the launch; on a GPU it is done here, by the same
+    properties of the arguments: dtype and alignment of tensors, size, divisibility by 16 and being 1 of integers.
+
     Fused multiply-add is asked for by name: its default changes with Triton 3.10, and 3.9 warns about that.
     """
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[grid](*args, enable_fp_fusion=True, **meta)
-    else:
+    if device.type != "cuda":
         kernel[grid](*args, enable_fp_fusion=True, **meta)
+    elif device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(kernel, grid, device, args, meta)
+    else:
+        _launch(kernel, grid, device, args, meta)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, meta: dict[str, Any]) -> None:
+    key: list[Any] = [id(kernel), device.index, *meta.values()]
+    for arg in args:
+        if isinstance(arg, int):
+            key.append((not arg & 15) | (arg == 1) << 1 | (arg >> 31 != 0) << 2)
+        elif isinstance(arg, torch.Tensor):
+            key += (arg.dtype, arg.data_ptr() & 15)
+        else:
+            key.append(type(arg))
+    signature = tuple(key)
+    known = _COMPILED.get(signature)
+    if known is None:
+        compiled = kernel[grid](*args, enable_fp_fusion=True, **meta)
+        _COMPILED[signature] = (compiled, [meta[name] for name in kernel.arg_names[len(args) :]])
+    else:
+        compiled, constants = known
+        compiled[(*grid, 1, 1)[:3]](*args, *constants)
 
 
 def cdiv(a: int, b: int) -> int:

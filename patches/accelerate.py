@@ -1,6 +1,7 @@
-"""Accelerator's entry points: where models of plain loops, and reference models of TRL, are met.
+"""Accelerator's entry points: where models of plain loops, reference models of TRL, and all optimizers are met.
 
 `prepare` serves every strategy (FSDP2 and DeepSpeed go through it alone); `prepare_model` is called directly by some.
+`prepare` hands optimizers to `prepare_optimizer`, except for DeepSpeed, which steps by itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,15 @@ from .engine import AttributePatch, Patch, look_like
 MODULE = "accelerate.accelerator"
 
 
-def entry_patches(accelerator_cls: Any, model_met: Callable[[nn.Module], None]) -> list[Patch]:
-    """Patches of the Accelerator class; `model_met` is called with each model before it is prepared."""
+def entry_patches(
+    accelerator_cls: Any, model_met: Callable[[nn.Module], None], optimizer_met: Callable[[Any, Any], None]
+) -> list[Patch]:
+    """Patches of the Accelerator class.
+
+    Args:
+        model_met: called with each model before it is prepared.
+        optimizer_met: called with the accelerator and each optimizer before it is prepared.
+    """
 
     def wrap(name: str) -> AttributePatch:
         stock = getattr(accelerator_cls, name)
@@ -30,4 +38,15 @@ def entry_patches(accelerator_cls: Any, model_met: Callable[[nn.Module], None]) 
         look_like(replacement, stock)
         return AttributePatch(f"accelerate:{name}", accelerator_cls, name, replacement)
 
-    return [wrap("prepare"), wrap("prepare_model")]
+    stock_prepare_optimizer = accelerator_cls.prepare_optimizer
+
+    def prepare_optimizer(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer_met(self, optimizer)
+        return stock_prepare_optimizer(self, optimizer, *args, **kwargs)
+
+    look_like(prepare_optimizer, stock_prepare_optimizer)
+    return [
+        wrap("prepare"),
+        wrap("prepare_model"),
+        AttributePatch("accelerate:prepare_optimizer", accelerator_cls, "prepare_optimizer", prepare_optimizer),
+    ]

@@ -97,10 +97,31 @@ class AttributePatch(Patch):
             setattr(self._owner, self._name, value)
 
 
-class ClassSwap(Patch):
-    """Swaps a module's class for a same-name subclass made by `same_name_subclass`."""
+class ProcessPatch(AttributePatch):
+    """A replacement for the whole process, there as long as any activation wants it."""
 
-    def __init__(self, id: str, module: nn.Module, subclass: type):
+    def __init__(self, id: str, owner: Any, name: str, replacement: Any):
+        super().__init__(id, owner, name, replacement)
+        self._original, self._users = vars(owner)[name], 0
+        look_like(replacement, self._original)
+
+    def can_apply(self) -> bool:
+        """Whether nobody else has replaced the attribute since."""
+        return self._get() in (self._replacement, self._original)
+
+    def apply(self) -> None:
+        self._users += 1
+        self._set(self._replacement)
+
+    def revert(self) -> bool:
+        self._users -= 1
+        return self._users > 0 or super().revert()
+
+
+class ClassSwap(Patch):
+    """Swaps the class of a module, or of another object, for one made by `same_name_subclass`."""
+
+    def __init__(self, id: str, module: Any, subclass: type):
         # A weak reference: a patch must not keep a model alive that its user has dropped.
         self.id, self._module, self._subclass = id, weakref.ref(module), subclass
 
@@ -139,16 +160,15 @@ MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @functools.cache
-def same_name_subclass(base: type, make_forward: MakeForward) -> type:
-    """A subclass of `base` that differs in `forward` alone.
+def same_name_subclass(base: type, make_forward: MakeForward | None = None, **attributes: Any) -> type:
+    """A subclass of `base` that differs in `forward` or in the given attributes alone.
 
     Args:
-        base: the stock class of a module.
+        base: the stock class of a module, or of another object.
         make_forward: takes the stock (unbound) forward, returns the replacement, which falls back to it.
+        **attributes: of the class, e.g. a property.
     """
-    stock = forward_of(base)
-    forward = make_forward(stock)
-    look_like(forward, stock)
+    stock = forward_of(base) if hasattr(base, "forward") else None
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles and copies name the stock class: ours cannot be found by name, and must not be saved. Not
@@ -161,10 +181,17 @@ def same_name_subclass(base: type, make_forward: MakeForward) -> type:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
-        "forward": forward,
         "_hf_turbo_stock_forward": stock,
+        **attributes,
     }
+    if make_forward is not None and stock is not None:
+        namespace["forward"] = forward = make_forward(stock)
+        look_like(forward, stock)
     subclass: type = type(base)(base.__name__, (base,), namespace)
+    if make_forward is None and "forward" in vars(subclass):
+        # transformers 5.23 gives every subclass of a checkpointed layer a forward of its own, and the base's then
+        # checkpoints no more; but accelerate's device hooks may hold a reference to the base's.
+        del subclass.forward  # type: ignore[attr-defined]
     return subclass
 
 

@@ -30,6 +30,7 @@ def snapshot(*models) -> dict[str, object]:
         trl.trainer.utils,
         torch.nn.functional,
         torch.nn.Linear,
+        torch.nn.Module,
     ):
         state.update({f"{owner.__name__}.{name}": value for name, value in vars(owner).items()})
     for i, model in enumerate(models):
@@ -47,6 +48,12 @@ def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
     assert changed == []
     replaced = [k for k, value in before.items() if callable(value) and value is not after[k]]
     assert replaced == []
+
+
+def rows_of(*roles: str) -> dict[str, object]:
+    """The latest row of each role."""
+    rows = {row.role: row for row in hf_turbo.report().rows}
+    return {role: rows[role] for role in roles or ("norms", "mlp", "rope", "loss")}
 
 
 def trainer(tmp_path, model, **kwargs):
@@ -161,7 +168,7 @@ def test_coverage_does_not_depend_on_the_order(tmp_path, when):
     runner = trainer(tmp_path, model)
     hf_turbo.enable()
     runner.train()
-    rows = {row.role: (row.patched, row.found) for row in hf_turbo.report().rows}
+    rows = {role: (row.patched, row.found) for role, row in rows_of().items()}
     assert rows == {"norms": (5, 5), "mlp": (2, 2), "rope": (2, 2), "loss": (1, 1)}
 
 
@@ -217,7 +224,7 @@ def test_model_init_is_patched(tmp_path):
     hf_turbo.enable()
     runner = trainer(tmp_path, None, model_init=lambda: tiny_model("llama"))
     runner.train()
-    assert [row.patched for row in hf_turbo.report().rows[-4:]] == [5, 2, 2, 1]
+    assert [row.patched for row in rows_of().values()] == [5, 2, 2, 1]
     assert type(runner.model.model.norm) is not modeling_llama.LlamaRMSNorm
 
 
@@ -266,16 +273,17 @@ def test_accelerate_loop_is_patched_at_prepare():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hf_turbo.enable()
     prepared, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
-    rows = {row.role: row.patched for row in hf_turbo.report().rows}
-    assert rows == {"norms": 5, "mlp": 2, "rope": 2, "loss": 0}
-    assert "after the step" in hf_turbo.report().rows[-1].reason
+    rows = rows_of("norms", "mlp", "rope", "loss", "optimizer")
+    assert [row.patched for row in rows.values()] == [5, 2, 2, 0, 0]
+    assert "after the step" in rows["loss"].reason
+    assert "SGD" in rows["optimizer"].model
     prepared(**batch()).loss.backward()
 
 
 def test_accelerate_loop_fuses_the_loss_by_name():
     hf_turbo.enable(loss=True)
     model = Accelerator(cpu=True).prepare(tiny_model("llama"))
-    assert hf_turbo.report().rows[-1].patched == 1
+    assert rows_of()["loss"].patched == 1
     assert type(model(**batch()).logits).__name__ == "LazyLogits"
 
 
@@ -291,9 +299,9 @@ def test_a_later_conflict_undoes_the_loss_patch(tmp_path):
     hf_turbo.enable()
     first = trainer(tmp_path, tiny_model("llama"))
     first.train()
-    assert hf_turbo.report().rows[-1].patched == 1
+    assert rows_of()["loss"].patched == 1
     Custom(model=first.model, args=first.args, train_dataset=first.train_dataset).train()
-    assert hf_turbo.report().rows[-1].patched == 0
+    assert rows_of()["loss"].patched == 0
 
 
 def test_metrics_leave_out_what_they_cannot_know():

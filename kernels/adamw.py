@@ -1,0 +1,573 @@
+"""AdamW over many tensors in two launches, with states as torch.optim.AdamW or as bitsandbytes keeps them.
+
+Formula, per element, with t the number of steps of its tensor, this one included:
+
+    m = beta1 * m + (1 - beta1) * g            v = beta2 * v + (1 - beta2) * g^2
+    p = p - lr * weight_decay * p              decoupled decay; behind the update with decay_last
+    p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+Full-precision states: m and v in any dtype of their own, read and written once; float32 in between, and float64 for the
+bias corrections, lr * weight_decay and 1 - beta. The averages are formed as m + (1 - beta1) * (g - m), which does not
+lose the digits of a beta near 1 that float32 has no room for.
+
+8-bit states, in the format of bitsandbytes: blocks of 256 elements of the flat tensor, per block absmax1 and absmax2
+(float32), per element a code into a sorted map of 256 values:
+
+    m = map1[code1] * absmax1[block]           v = map2[code2] * absmax2[block]
+
+m and v are updated in float32; then absmax becomes the block's largest magnitude and a code the one whose value is
+nearest to m / absmax (of two equally near the even one). A negative m never takes the code of zero: its sign survives.
+An element whose gradient is not finite loses its m and v and keeps its parameter.
+
+Shapes: params, gradients and states contiguous, of equal sizes tensor by tensor, all on one device. Dtypes: parameters
+and gradients float32, bfloat16 or float16, one dtype each for all tensors; states likewise, or uint8. float64 takes the
+torch reference. Steps are counted in float32 tensors on the device, as `fused=True` keeps them, or by the caller.
+
+How the nearest code is found: thresholds between neighbours are compared exactly, but only one of them. The upper bits
+of a float (sign, exponent, 7 bits of mantissa) name an interval that holds at most one threshold, and a table says
+which. It serves any map that is no denser than that.
+
+Floor, for N elements of e-byte parameters and gradients: 3*N*e bytes, and 4 times the bytes of a state.
+
+Raises ValueError for tensors that do not fit together, and for a map that is unsorted or too dense; TypeError for
+dtypes.
+
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Dettmers et al., "8-bit Optimizers via
+Block-wise Quantization" (2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import cdiv, launch, use_triton
+from ._multi_tensor import addresses_of, are_aligned, chunk_table, pointer_at, triton_dtype, upload
+
+BLOCK = 256  # elements that share an absmax
+
+_CHUNK = 2048  # elements per program: 8 per thread, 16 bytes of bfloat16
+_WARPS = 8
+
+# Buckets of |x| <= 1 for the search of the nearest code: 7 bits of mantissa, exponents from -23 on; below lies nothing
+# but zero's own interval.
+_BUCKET_SHIFT = tl.constexpr(16)
+_FIRST_BUCKET = tl.constexpr((127 - 23) << 7)
+_LAST_BUCKET = tl.constexpr(23 << 7)
+
+
+class Rates(NamedTuple):
+    """What a group of parameters is trained with at one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class BlockStates(NamedTuple):
+    """What 8-bit states have beside their codes; lists go by tensor.
+
+    Attributes:
+        absmax1, absmax2: float32 [ceil(numel / 256)] each.
+        map1, map2: float32 [256], sorted.
+    """
+
+    absmax1: list[torch.Tensor]
+    absmax2: list[torch.Tensor]
+    map1: torch.Tensor
+    map2: torch.Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- torch reference
+
+
+def _reference_update(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    m: torch.Tensor,
+    v: torch.Tensor,
+    step: float,
+    rates: Rates,
+    decay_last: bool,
+) -> torch.Tensor:
+    """The new parameter, and `m` and `v` in place; all in one dtype, float32 or float64."""
+    m.lerp_(grad, 1 - rates.beta1)
+    v.lerp_(grad * grad, 1 - rates.beta2)
+    return _reference_param(param, m, v, step, rates, decay_last)
+
+
+def _reference_param(
+    param: torch.Tensor, m: torch.Tensor, v: torch.Tensor, step: float, rates: Rates, decay_last: bool
+) -> torch.Tensor:
+    decay = rates.lr * rates.weight_decay
+    denominator = (v.sqrt() / math.sqrt(1 - rates.beta2**step)).add_(rates.eps)
+    update = (m / denominator).mul_(rates.lr / (1 - rates.beta1**step))
+    if decay_last:
+        param = param - update
+        return param - decay * param
+    return param - decay * param - update
+
+
+def _reference_8bit(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    code1: torch.Tensor,
+    code2: torch.Tensor,
+    absmax1: torch.Tensor,
+    absmax2: torch.Tensor,
+    map1: torch.Tensor,
+    map2: torch.Tensor,
+    step: float,
+    rates: Rates,
+    decay_last: bool,
+) -> None:
+    """One tensor in place; `grad` float32."""
+    shape, count = param.shape, param.numel()
+    block = torch.arange(count, device=param.device) // BLOCK
+    grad, code1, code2 = grad.flatten(), code1.view(-1), code2.view(-1)
+    finite = grad.isfinite()
+    m = map1[code1.int()] * absmax1[block] * rates.beta1 + (1 - rates.beta1) * grad
+    v = map2[code2.int()] * absmax2[block] * rates.beta2 + (1 - rates.beta2) * (grad * grad)
+    m, v = m.where(finite, 0.0), v.where(finite, 0.0)
+    wide = param.flatten().float()
+    updated = _reference_param(wide, m, v, step, rates, decay_last)
+    param.copy_(updated.where(finite, wide).view(shape))
+    for state, codes, absmax, values in ((m, code1, absmax1, map1), (v, code2, absmax2, map2)):
+        blocks = torch.nn.functional.pad(state.abs(), (0, -count % BLOCK)).view(-1, BLOCK)
+        absmax.copy_(blocks.amax(1))
+        scale = absmax.reciprocal().where(absmax >= torch.finfo(torch.float32).tiny, 0.0)
+        codes.copy_(torch.bucketize(state * scale[block], _thresholds(values)[:-1]))
+
+
+# ------------------------------------------------------------------------------------------------------- nearest code
+
+
+def _thresholds(values: torch.Tensor) -> torch.Tensor:
+    """float32 [256]: the code of x is the number of these that are less than x."""
+    if values.shape != (256,) or values.dtype != torch.float32 or not bool((values[1:] > values[:-1]).all()):
+        raise ValueError("the map of an 8-bit state has 256 float32 values in ascending order")
+    middle = (values[:-1] + values[1:]) * 0.5
+    odd = torch.arange(255, device=values.device) % 2 == 1
+    # In the middle between two codes the even one is taken: from an odd code on, x need only reach the threshold.
+    middle = torch.where(odd, torch.nextafter(middle, middle.new_full((), -math.inf)), middle)
+    zero = (values == 0).nonzero().flatten()
+    if len(zero) and zero > 0:
+        middle[zero - 1] = -torch.finfo(torch.float32).tiny  # negative x are not zero, however near
+    return torch.cat([middle, middle.new_full((1,), math.inf)])
+
+
+class _CodeTables(NamedTuple):
+    starts: torch.Tensor  # uint8, by bucket: the code of its lower end; buckets of negative x behind the others
+    thresholds: torch.Tensor  # float32 [256]
+
+
+def _code_tables(values: torch.Tensor) -> _CodeTables:
+    """Tables for `_nearest_code`, on the device of `values`."""
+    thresholds = _thresholds(values.cpu())
+    bucket = torch.arange(_LAST_BUCKET.value + 1, dtype=torch.int32)
+    low = ((bucket + _FIRST_BUCKET.value) << _BUCKET_SHIFT.value).view(torch.float32)
+    high = (((bucket + _FIRST_BUCKET.value + 1) << _BUCKET_SHIFT.value) - 1).view(torch.float32)
+    low[0] = 0.0
+    ends = [(low, high), (-high, -low)]
+    starts, stops = (torch.cat([torch.bucketize(end[i], thresholds[:-1]) for end in ends]) for i in (0, 1))
+    if values[0] >= 0:  # unsigned
+        starts, stops = (codes[: len(bucket)] for codes in (starts, stops))
+    if bool((stops - starts > 1).any()):
+        raise ValueError("the map of an 8-bit state is too dense for the search of its codes")
+    return _CodeTables(starts.to(torch.uint8).to(values.device), thresholds.to(values.device))
+
+
+# ------------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _factors_kernel(
+    groups_ptr,
+    steps_ptr,
+    uploads_ptr,
+    factors_ptr,
+    tensors,
+    rate_groups,
+    step_stride,
+    DEVICE_STEPS: tl.constexpr,
+    TENSORS: tl.constexpr,
+):
+    """Counts the step of each tensor that has a gradient, and fills its row of factors_ptr [tensors, 8] float32.
+
+    uploads_ptr holds int64 addresses of gradients [tensors], then float64 rates [rate_groups, 5], then, unless
+    DEVICE_STEPS, float64 steps: [tensors], or one for all with a step_stride of 0.
+    """
+    tensor = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    valid = tensor < tensors
+    valid = valid & (tl.load(uploads_ptr + tensor, mask=valid, other=0) != 0)
+    doubles_ptr = (uploads_ptr + tensors).to(tl.pointer_type(tl.float64), bitcast=True)
+    if DEVICE_STEPS:
+        step_ptr = tl.load(steps_ptr + tensor, mask=valid, other=0).to(tl.pointer_type(tl.float32), bitcast=True)
+        counted = tl.load(step_ptr, mask=valid, other=0.0) + 1.0
+        tl.store(step_ptr, counted, mask=valid)
+        step = counted.to(tl.float64)
+    else:
+        step = tl.load(doubles_ptr + rate_groups * 5 + tensor * step_stride, mask=valid, other=1.0)
+    rates_ptr = doubles_ptr + tl.load(groups_ptr + tensor, mask=valid, other=0) * 5
+    lr = tl.load(rates_ptr, mask=valid, other=0.0)
+    beta1 = tl.load(rates_ptr + 1, mask=valid, other=0.5)
+    beta2 = tl.load(rates_ptr + 2, mask=valid, other=0.5)
+    eps = tl.load(rates_ptr + 3, mask=valid, other=0.0)
+    weight_decay = tl.load(rates_ptr + 4, mask=valid, other=0.0)
+    row = factors_ptr + tensor * 8
+    tl.store(row, (lr / (1.0 - tl.exp2(step * tl.log2(beta1)))).to(tl.float32), mask=valid)
+    tl.store(row + 1, (1.0 / tl.sqrt(1.0 - tl.exp2(step * tl.log2(beta2)))).to(tl.float32), mask=valid)
+    tl.store(row + 2, eps.to(tl.float32), mask=valid)
+    tl.store(row + 3, (lr * weight_decay).to(tl.float32), mask=valid)
+    tl.store(row + 4, beta1.to(tl.float32), mask=valid)
+    tl.store(row + 5, (1.0 - beta1).to(tl.float32), mask=valid)
+    tl.store(row + 6, beta2.to(tl.float32), mask=valid)
+    tl.store(row + 7, (1.0 - beta2).to(tl.float32), mask=valid)
+
+
+@triton.jit
+def _average(old, new, beta, weight):
+    """beta * old + weight * new, where beta + weight = 1, from whichever end is nearer."""
+    change = new - old
+    return tl.where(weight < 0.5, old + weight * change, new - beta * change)
+
+
+@triton.jit
+def _new_param(param, m, v, factors, DECAY_LAST: tl.constexpr):
+    """`factors` points to the tensor's row."""
+    step_size = tl.load(factors)
+    correction = tl.load(factors + 1)
+    eps = tl.load(factors + 2)
+    decay = tl.load(factors + 3)
+    update = step_size * (m / (tl.sqrt_rn(v) * correction + eps))
+    if DECAY_LAST:
+        param = param - update
+        param = param - decay * param
+    else:
+        param = param - decay * param
+        param = param - update
+    return param
+
+
+@triton.jit
+def _update_kernel(
+    chunks_ptr,
+    pointers_ptr,
+    uploads_ptr,
+    factors_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    DECAY_LAST: tl.constexpr,
+):
+    """One chunk per program. pointers_ptr [tensors, 6] int64: parameter, m, v, numel."""
+    tensor = tl.load(chunks_ptr + tl.program_id(0) * 2)
+    grad_address = tl.load(uploads_ptr + tensor)
+    if grad_address == 0:
+        return
+    start = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1).to(tl.int64) * CHUNK
+    pointers = pointers_ptr + tensor * 6
+    factors = factors_ptr + tensor * 8
+    param_ptr = pointer_at(tl.load(pointers), PARAM, ALIGNED) + start
+    m_ptr = pointer_at(tl.load(pointers + 1), STATE, ALIGNED) + start
+    v_ptr = pointer_at(tl.load(pointers + 2), STATE, ALIGNED) + start
+    grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
+    rest = tl.minimum(tl.load(pointers + 3) - start, CHUNK).to(tl.int32)
+    if ALIGNED:
+        rest = tl.multiple_of(rest, 16)
+    element = tl.arange(0, CHUNK)
+    mask = element < rest
+    grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(m_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(v_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    param = tl.load(param_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    m = _average(m, grad, tl.load(factors + 4), tl.load(factors + 5))
+    v = _average(v, grad * grad, tl.load(factors + 6), tl.load(factors + 7))
+    param = _new_param(param, m, v, factors, DECAY_LAST)
+    tl.store(param_ptr + element, param.to(PARAM), mask=mask)
+    tl.store(m_ptr + element, m.to(STATE), mask=mask)
+    tl.store(v_ptr + element, v.to(STATE), mask=mask)
+
+
+@triton.jit
+def _scale(absmax):
+    """1 / absmax; 0 for a block of nothing but zeros (or of subnormal numbers, whose reciprocal overflows)."""
+    return tl.where(absmax >= 1.1754944e-38, 1.0 / tl.maximum(absmax, 1.1754944e-38), 0.0)
+
+
+@triton.jit
+def _nearest_code(x, starts_ptr, thresholds_ptr, SIGNED: tl.constexpr):
+    """The code (int32) of |x| <= 1."""
+    bits = x.to(tl.int32, bitcast=True)
+    bucket = ((bits & 0x7FFFFFFF) >> _BUCKET_SHIFT) - _FIRST_BUCKET
+    bucket = tl.minimum(tl.maximum(bucket, 0), _LAST_BUCKET)
+    if SIGNED:
+        bucket = tl.where(bits < 0, bucket + (_LAST_BUCKET + 1), bucket)
+    code = tl.load(starts_ptr + bucket, eviction_policy="evict_last").to(tl.int32)
+    threshold = tl.load(thresholds_ptr + code, eviction_policy="evict_last")
+    return tl.where(x > threshold, code + 1, code)
+
+
+@triton.jit
+def _update_8bit_kernel(
+    chunks_ptr,
+    pointers_ptr,
+    uploads_ptr,
+    factors_ptr,
+    map1_ptr,
+    map2_ptr,
+    starts1_ptr,
+    starts2_ptr,
+    thresholds1_ptr,
+    thresholds2_ptr,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    SIGNED2: tl.constexpr,
+    DECAY_LAST: tl.constexpr,
+):
+    """A chunk of whole blocks per program. pointers_ptr [tensors, 6] int64: parameter, codes, numel, absmaxes."""
+    tensor = tl.load(chunks_ptr + tl.program_id(0) * 2)
+    grad_address = tl.load(uploads_ptr + tensor)
+    if grad_address == 0:
+        return
+    start = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1).to(tl.int64) * CHUNK
+    pointers = pointers_ptr + tensor * 6
+    factors = factors_ptr + tensor * 8
+    param_ptr = pointer_at(tl.load(pointers), PARAM, ALIGNED) + start
+    code1_ptr = pointer_at(tl.load(pointers + 1), tl.uint8, ALIGNED) + start
+    code2_ptr = pointer_at(tl.load(pointers + 2), tl.uint8, ALIGNED) + start
+    grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
+    absmax1_ptr = pointer_at(tl.load(pointers + 4), tl.float32, False) + start // BLOCK_SIZE
+    absmax2_ptr = pointer_at(tl.load(pointers + 5), tl.float32, False) + start // BLOCK_SIZE
+    rest = tl.minimum(tl.load(pointers + 3) - start, CHUNK).to(tl.int32)
+    if ALIGNED:
+        rest = tl.multiple_of(rest, 16)
+    block = tl.arange(0, CHUNK // BLOCK_SIZE)
+    in_rest = block * BLOCK_SIZE < rest
+    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    mask = element < rest
+    grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    code1 = tl.load(code1_ptr + element, mask=mask, other=0).to(tl.int32)
+    code2 = tl.load(code2_ptr + element, mask=mask, other=0).to(tl.int32)
+    param = tl.load(param_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    absmax1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0)
+    absmax2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0)
+
+    finite = mask & (tl.abs(grad) < float("inf"))
+    m = tl.load(map1_ptr + code1, eviction_policy="evict_last") * absmax1[:, None]
+    v = tl.load(map2_ptr + code2, eviction_policy="evict_last") * absmax2[:, None]
+    m = tl.where(finite, m * tl.load(factors + 4) + tl.load(factors + 5) * grad, 0.0)
+    v = tl.where(finite, v * tl.load(factors + 6) + tl.load(factors + 7) * (grad * grad), 0.0)
+    param = tl.where(finite, _new_param(param, m, v, factors, DECAY_LAST), param)
+    tl.store(param_ptr + element, param.to(PARAM), mask=mask)
+
+    absmax1 = tl.max(tl.abs(m), axis=1)
+    absmax2 = tl.max(tl.abs(v), axis=1)
+    tl.store(absmax1_ptr + block, absmax1, mask=in_rest)
+    tl.store(absmax2_ptr + block, absmax2, mask=in_rest)
+    code1 = _nearest_code(m * _scale(absmax1)[:, None], starts1_ptr, thresholds1_ptr, True)
+    code2 = _nearest_code(v * _scale(absmax2)[:, None], starts2_ptr, thresholds2_ptr, SIGNED2)
+    tl.store(code1_ptr + element, code1.to(tl.uint8), mask=mask)
+    tl.store(code2_ptr + element, code2.to(tl.uint8), mask=mask)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+class MultiTensorAdamW:
+    """AdamW over a fixed list of tensors, whose addresses are taken once.
+
+    The tensors are kept alive; whoever gives one of them other memory (`.data = `) has to make a new object.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: by tensor; the latter two are codes (uint8) with `blocks`.
+        groups: for each tensor the index of its Rates.
+        steps: for each tensor a 0-dim float32 tensor on the device, counted up by `update`; None: the caller counts.
+        blocks: the rest of 8-bit states.
+        decay_last: decay the updated parameter rather than the old one, as bitsandbytes does on a GPU.
+    """
+
+    def __init__(
+        self,
+        params: list[torch.Tensor],
+        exp_avgs: list[torch.Tensor],
+        exp_avg_sqs: list[torch.Tensor],
+        groups: list[int],
+        *,
+        steps: list[torch.Tensor] | None = None,
+        blocks: BlockStates | None = None,
+        decay_last: bool = False,
+    ):
+        self.params, self.exp_avgs, self.exp_avg_sqs, self.groups = params, exp_avgs, exp_avg_sqs, groups
+        self.steps, self.blocks, self.decay_last = steps, blocks, decay_last
+        self._check()
+        self.device = params[0].device
+        self._on_triton = use_triton(params[0])
+        if not self._on_triton:
+            return
+        numels = [param.numel() for param in params]
+        absmax = [addresses_of(blocks.absmax1), addresses_of(blocks.absmax2)] if blocks else [[0] * len(params)] * 2
+        columns = [*map(addresses_of, (params, exp_avgs, exp_avg_sqs)), numels, *absmax]
+        # Wide loads need sizes and addresses that allow them; tensors that do not are slow, and make the others slow.
+        self._aligned = are_aligned([value for column in columns[:4] for value in column])
+        self._chunks = chunk_table(numels, _CHUNK, self.device)
+        self._pointers = _on_device(list(zip(*columns, strict=True)), torch.int64, self.device)
+        self._groups = _on_device(groups, torch.int32, self.device)
+        self._steps = _on_device(addresses_of(steps), torch.int64, self.device) if steps is not None else None
+        self._factors = torch.empty((len(params), 8), dtype=torch.float32, device=self.device)
+        self._codes = [_code_tables(values) for values in (blocks.map1, blocks.map2)] if blocks else []
+
+    def _check(self) -> None:
+        lists = [self.params, self.exp_avgs, self.exp_avg_sqs]
+        if not self.params or {len(self.groups), *map(len, lists)} != {len(self.params)}:
+            raise ValueError("MultiTensorAdamW needs as many parameters as states and groups, and at least one")
+        for tensors in lists:
+            if len({tensor.dtype for tensor in tensors}) > 1:
+                raise ValueError("MultiTensorAdamW needs one dtype for all parameters, and one for all states")
+        for param, m, v in zip(*lists, strict=True):
+            if not (param.is_contiguous() and m.is_contiguous() and v.is_contiguous()):
+                raise ValueError("MultiTensorAdamW needs contiguous parameters and states")
+            if not param.numel() == m.numel() == v.numel():
+                raise ValueError(f"a parameter {list(param.shape)} has states {list(m.shape)}, {list(v.shape)}")
+        if self.exp_avgs[0].dtype != self.exp_avg_sqs[0].dtype:
+            raise ValueError("MultiTensorAdamW needs one dtype for all parameters, and one for all states")
+        if (self.exp_avgs[0].dtype == torch.uint8) != (self.blocks is not None):
+            raise ValueError("8-bit states need blocks, others must not have them")
+        if self.steps is not None and any(step.dtype != torch.float32 for step in self.steps):
+            raise ValueError("steps on the device are float32")
+
+    @property
+    def is_8bit(self) -> bool:
+        return self.blocks is not None
+
+    def update(
+        self,
+        grads: Sequence[torch.Tensor | None],
+        rates: Sequence[Rates],
+        steps: Sequence[float] | float | None = None,
+        addresses: list[int] | None = None,
+    ) -> None:
+        """One step in place. The version counters of what is written are the caller's to bump.
+
+        Args:
+            grads: for each parameter its gradient, contiguous and of its size, or None to leave it out. Gradients are
+                of one dtype. Not checked again.
+            rates: by group.
+            steps: for each parameter the number of this step, where it has a gradient, or one number for all; None if
+                they are counted on the device.
+            addresses: those of the gradients, 0 for None, where they are known.
+        """
+        if (steps is None) == (self.steps is None):
+            raise ValueError("steps are counted either on the device or by the caller")
+        if not self._on_triton:
+            self._reference(grads, rates, steps)
+            return
+        given = next((grad for grad in grads if grad is not None), None)
+        if given is None:
+            return
+        if addresses is None:
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        doubles = [number for group in rates for number in group]
+        one_step = not isinstance(steps, Sequence)
+        if steps is not None:
+            doubles += [steps] if one_step else steps  # type: ignore[list-item, arg-type]
+        uploads = upload(addresses, doubles, self.device)
+        launch(
+            _factors_kernel,
+            (cdiv(len(addresses), 128),),
+            self.device,
+            self._groups,
+            self._steps,
+            uploads,
+            self._factors,
+            len(addresses),
+            len(rates),
+            0 if one_step else 1,
+            DEVICE_STEPS=self.steps is not None,
+            TENSORS=128,
+        )
+        aligned = self._aligned and are_aligned(addresses)
+        param, grad = triton_dtype(self.params[0].dtype), triton_dtype(given.dtype)
+        if self.blocks is None:
+            launch(
+                _update_kernel,
+                (len(self._chunks),),
+                self.device,
+                self._chunks,
+                self._pointers,
+                uploads,
+                self._factors,
+                PARAM=param,
+                GRAD=grad,
+                STATE=triton_dtype(self.exp_avgs[0].dtype),
+                CHUNK=_CHUNK,
+                ALIGNED=aligned,
+                DECAY_LAST=self.decay_last,
+                num_warps=_WARPS,
+            )
+            return
+        first, second = self._codes
+        launch(
+            _update_8bit_kernel,
+            (len(self._chunks),),
+            self.device,
+            self._chunks,
+            self._pointers,
+            uploads,
+            self._factors,
+            self.blocks.map1,
+            self.blocks.map2,
+            first.starts,
+            second.starts,
+            first.thresholds,
+            second.thresholds,
+            PARAM=param,
+            GRAD=grad,
+            CHUNK=_CHUNK,
+            BLOCK_SIZE=BLOCK,
+            ALIGNED=aligned,
+            SIGNED2=len(second.starts) == len(first.starts),
+            DECAY_LAST=self.decay_last,
+            num_warps=_WARPS,
+        )
+
+    @torch.no_grad()
+    def _reference(
+        self, grads: Sequence[torch.Tensor | None], rates: Sequence[Rates], steps: Sequence[float] | float | None
+    ) -> None:
+        for i, (param, grad, m, v) in enumerate(zip(self.params, grads, self.exp_avgs, self.exp_avg_sqs, strict=True)):
+            if grad is None:
+                continue
+            if self.steps is not None:
+                step = self.steps[i].add_(1).item()
+            else:
+                step = steps[i] if isinstance(steps, Sequence) else steps  # type: ignore[assignment]
+            group = rates[self.groups[i]]
+            wide = torch.promote_types(param.dtype, torch.float32)
+            if self.blocks is not None:
+                absmax1, absmax2, map1, map2 = self.blocks
+                _reference_8bit(
+                    param, grad.float(), m, v, absmax1[i], absmax2[i], map1, map2, step, group, self.decay_last
+                )
+                continue
+            wide_m, wide_v = m.to(wide), v.to(wide)
+            param.copy_(_reference_update(param.to(wide), grad.to(wide), wide_m, wide_v, step, group, self.decay_last))
+            if wide_m is not m:
+                m.copy_(wide_m)
+                v.copy_(wide_v)
+
+
+def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device)

@@ -1,0 +1,229 @@
+"""Gradient checkpointing of transformers: the inputs of checkpointed layers wait in host memory.
+
+Where a script asks for checkpointing, each layer keeps its input for recomputation: tokens x hidden size per layer.
+They are copied to pinned host memory while the following layers compute, and return one layer ahead of backward, with
+the same bits. A layer calls whatever function was put into its attribute `_gradient_checkpointing_func`; a property of
+its class hands that out wrapped, and so outlives TRL's switching checkpointing off and on around generation and
+reference passes. The attribute itself stays as the host wrote it.
+
+torch's checkpoint saves the layer's inputs, and nothing of its inside, through the hooks that surround its call, in
+both of its forms. Only the hidden states leave: masks and position embeddings are shared by all layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
+from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
+
+MODULE = "transformers.modeling_layers"
+_ATTRIBUTE = "_gradient_checkpointing_func"
+
+# By type of device.
+COPIES: dict[str, Callable[[torch.device], Copies]] = {"cuda": CudaCopies}
+# Of smaller inputs 32 layers keep 256 MiB at most, and their layers are so short that two more launches show.
+MIN_BYTES = 8 * 2**20
+
+_STORES: weakref.WeakKeyDictionary[nn.Module, HostStore] = weakref.WeakKeyDictionary()
+
+
+def _get(self: nn.Module) -> Any:
+    stock = self.__dict__.get(_ATTRIBUTE)
+    if stock is None:
+        raise AttributeError(_ATTRIBUTE)
+    if torch.compiler.is_compiling() or not is_live():
+        return stock
+    store = _STORES.get(self)
+    return stock if store is None else functools.partial(_checkpoint, stock, store)
+
+
+def _set(self: nn.Module, function: Any) -> None:
+    self.__dict__[_ATTRIBUTE] = function
+
+
+def _delete(self: nn.Module) -> None:
+    self.__dict__.pop(_ATTRIBUTE, None)
+
+
+_PROPERTY = property(_get, _set, _delete)
+
+
+def _checkpoint(stock: Callable[..., Any], store: HostStore, function: Callable[..., Any], *args: Any) -> Any:
+    """`stock(function, *args)`, except that the first argument, as saved for recomputation, goes through the store."""
+    hidden_states = args[0] if args else None
+    if not (isinstance(hidden_states, torch.Tensor) and _may_leave(hidden_states) and _is_plain_checkpoint(stock)):
+        return stock(function, *args)
+    pointer, shape, stride = hidden_states.data_ptr(), hidden_states.shape, hidden_states.stride()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        # By memory, not by identity: autograd hands out an alias.
+        if tensor.data_ptr() != pointer or tensor.shape != shape or tensor.stride() != stride:
+            return tensor
+        return store.put(tensor)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, store.get):
+        return stock(function, *args)
+
+
+def _may_leave(hidden_states: torch.Tensor) -> bool:
+    """Whether letting go of the tensor frees memory that is worth a copy."""
+    return (
+        torch.is_grad_enabled()
+        and hidden_states.device.type in COPIES
+        and is_plain(hidden_states)
+        and hidden_states.is_floating_point()
+        and hidden_states.numel() * hidden_states.element_size() >= max(MIN_BYTES, 1)
+        # Gradient accumulation holds on to leaves: embeddings made to require gradients.
+        and not (hidden_states.is_leaf and hidden_states.requires_grad)
+        and fills_its_storage(hidden_states)
+        # Hooks of the script's own (save_on_cpu, TRL's activation offloading, a checkpoint around this one) see nothing
+        # that goes through inner hooks.
+        and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
+
+
+def _is_plain_checkpoint(function: Any) -> bool:
+    """Whether this is torch's checkpoint of a whole layer: not transformers' offload, not selective checkpointing."""
+    keywords = getattr(function, "keywords", {})
+    return getattr(function, "func", function) is checkpoint and "context_fn" not in keywords
+
+
+class _Stores(Patch):
+    """Gives layers their store."""
+
+    id = "offload:store"
+
+    def __init__(self, layers: list[nn.Module], store: HostStore):
+        # Held by the layers alone: pinned memory goes when the model goes.
+        self._layers = weakref.WeakSet(layers)
+        self._store: HostStore | None = store
+
+    def apply(self) -> None:
+        assert self._store is not None
+        for layer in self._layers:
+            _STORES[layer] = self._store
+        self._store = None
+
+    def revert(self) -> bool:
+        stores = {store for layer in self._layers if (store := _STORES.pop(layer, None)) is not None}
+        for store in stores:
+            store.trim()
+        return True
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers that transformers can checkpoint, by name."""
+    cls = getattr(sys.modules.get(MODULE), "GradientCheckpointingLayer", None)
+    return {name: module for name, module in model.named_modules() if cls is not None and isinstance(module, cls)}
+
+
+def find(model: nn.Module, *, asked: bool | None, why_not: Callable[[int, float], str | None], budget: int) -> Finding:
+    """A store, and class swaps for every layer whose input may wait in it.
+
+    Args:
+        asked: whether the training checkpoints; None where only the layers themselves can tell, now or later.
+        why_not: given bytes per token of a layer's input and FLOP per token of its forward, why it stays stock.
+        budget: bytes of host memory to use at most.
+    """
+    finding = Finding("offload", "pinned host memory", Exactness.EXACT)
+    store, swaps, layers = HostStore(lambda device: COPIES[device.type](device), budget), [], []
+    visits = _experts_per_token(model)
+    for name, layer in layers_of(model).items():
+        finding.found += 1
+        reason: str | None
+        if layer not in _STORES and type(layer).__name__.startswith("FSDP"):
+            reason = "already wrapped by FSDP"
+        elif not asked and layer.gradient_checkpointing and not _is_plain_checkpoint(layer.__dict__.get(_ATTRIBUTE)):
+            reason = "checkpointed selectively, or by a function other than torch's"
+        elif asked is False and not layer.gradient_checkpointing:
+            reason = "gradient checkpointing is off"
+        else:
+            reason = why_not(*sizes_of(layer, visits))
+        if reason is None and layer not in _STORES:
+            layers.append(layer)
+            subclass = same_name_subclass(stock_class(layer), **{_ATTRIBUTE: _PROPERTY})
+            swaps.append(ClassSwap(f"offload:{name}", layer, subclass))
+        if reason is None and not (asked or layer.gradient_checkpointing):
+            reason = "acts once gradient checkpointing is on"
+        if reason is None:
+            finding.patched += 1
+        else:
+            finding.refuse(reason)
+    if layers:
+        finding.patches = [_Stores(layers, store), *swaps]
+    return finding
+
+
+def trainer_asks(trainer: Any) -> bool:
+    """Whether `train()` switches checkpointing on."""
+    # Renamed after transformers 5.17, which has the second name only.
+    return any(getattr(trainer.args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
+
+
+def trainer_conflict(trainer: Any) -> str | None:
+    """Why this trainer's checkpoints stay where they are, or None."""
+    arguments = trainer.args
+    kwargs = (
+        getattr(arguments, "activation_checkpointing_kwargs", None)
+        or getattr(arguments, "gradient_checkpointing_kwargs", None)
+        or {}
+    )
+    if getattr(arguments, "activation_offloading", False):
+        return "activation_offloading is on: TRL offloads by itself"
+    if kwargs.get("offload"):
+        return "checkpointing with offload=True: transformers offloads by itself"
+    if kwargs.get("selective") or "context_fn" in kwargs:
+        return "selective checkpointing"
+    if getattr(arguments, "torch_compile", False):
+        return "torch.compile decides what is kept for backward"
+    return None
+
+
+def end_training(model: nn.Module | None) -> None:
+    """Frees the host memory; the next training takes it again."""
+    if model is None:
+        return
+    for store in {_STORES[layer] for layer in layers_of(model).values() if layer in _STORES}:
+        store.trim()
+
+
+def sizes_of(layer: nn.Module, experts_per_token: int | None = None) -> tuple[int, float]:
+    """Bytes per token of a layer's input and FLOP per token of its forward, attention scores left out.
+
+    Read off its weights: the first linear layer takes hidden states, and they have the dtype of the norms' weights.
+    """
+    weights, width, itemsize = 0.0, 0, 0
+    for module in layer.modules():
+        if hasattr(module, "in_features") and hasattr(module, "out_features") and not any(module.children()):
+            # Quantized weights are packed: their number is not that of their elements.
+            weights += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            width = width or int(module.in_features)  # type: ignore[arg-type]
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 1 and parameter.is_floating_point():
+                itemsize = itemsize or parameter.element_size()
+            elif parameter.ndim == 2:
+                weights += parameter.numel()
+                width = width or parameter.shape[0]
+            elif parameter.ndim == 3:  # experts
+                weights += parameter.numel() * min((experts_per_token or parameter.shape[0]) / parameter.shape[0], 1.0)
+    return width * (itemsize or 2), 2 * weights
+
+
+def _experts_per_token(model: nn.Module) -> int | None:
+    config: Any = getattr(model, "config", None)
+    for candidate in (config, getattr(config, "text_config", None)):
+        visits = getattr(candidate, "num_experts_per_tok", None)
+        if isinstance(visits, int):
+            return visits
+    return None
