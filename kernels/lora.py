@@ -57,6 +57,7 @@ class Projection(NamedTuple):
         scaling: s above.
         dropout: probability, in [0, 1), of zeroing an element of the adapter's input.
         expand: gives the dense weight; None: `weight` is dense.
+        out_features: N; needed where `weight` is packed and there is no adapter.
     """
 
     weight: torch.Tensor
@@ -66,10 +67,7 @@ class Projection(NamedTuple):
     scaling: float = 1.0
     dropout: float = 0.0
     expand: Expand | None = None
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.a is None else self.a.shape[0]
+    out_features: int | None = None
 
 
 # ---------------------------------------------------------------------------------------------------- torch reference
@@ -78,7 +76,10 @@ class Projection(NamedTuple):
 def _reference_add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor) -> None:
     """y += s @ b^T, rounded once."""
     wide = torch.promote_types(torch.promote_types(y.dtype, s.dtype), torch.float32)
-    y.copy_(torch.addmm(y.to(wide), s.to(wide), b.to(wide).t()))
+    total = y if y.dtype == wide else y.to(wide)
+    total.addmm_(s.to(wide), b.to(wide).t())  # in place, which autocast leaves alone
+    if total is not y:
+        y.copy_(total)
 
 
 def _reference_keep(shape: tuple[int, int], dropout: float, seed: int, device: torch.device) -> torch.Tensor:
@@ -256,6 +257,12 @@ def _add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, dropout: float, seed
     rows, width = y.shape
     if y.numel() == 0 or s.shape[1] == 0:
         return
+    if dropout and y.dtype == torch.float64 and use_triton(s):
+        # The mask must be that of `_dropout`, which saw the dtype of s.
+        delta = torch.zeros_like(y, dtype=torch.float32)
+        _add(delta, s, b, dropout, seed)
+        y += delta
+        return
     if not use_triton(y) or s.dtype == torch.float64:
         if dropout:
             delta = torch.zeros(rows, width, dtype=torch.promote_types(s.dtype, torch.float32), device=y.device)
@@ -264,7 +271,10 @@ def _add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, dropout: float, seed
         else:
             _reference_add(y, s, b)
         return
-    blocks = cdiv(width, _BLOCK_N)
+    ieee = s.dtype == torch.float32
+    # Products of float32 take more registers: 64 columns and 32 ranks at a time do not spill.
+    width_block, rank = (64, min(32, rank_block(s.shape[1]))) if ieee else (_BLOCK_N, rank_block(s.shape[1]))
+    blocks = cdiv(width, width_block)
     launch(
         _add_kernel,
         (cdiv(rows, _BLOCK_T) * blocks,),
@@ -283,11 +293,11 @@ def _add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, dropout: float, seed
         _threshold(dropout),
         1 / (1 - dropout),
         DROPOUT=dropout > 0,
-        RANK=rank_block(s.shape[1]),
-        ONE_BLOCK=s.shape[1] <= MAX_RANK_BLOCK,
-        IEEE=s.dtype == torch.float32,
+        RANK=rank,
+        ONE_BLOCK=s.shape[1] <= rank,
+        IEEE=ieee,
         BLOCK_T=_BLOCK_T,
-        BLOCK_N=_BLOCK_N,
+        BLOCK_N=width_block,
         num_warps=_WARPS,
     )
 
@@ -296,11 +306,16 @@ def _no_output(*_: Any) -> None:
     return None
 
 
+def _empty_dropout(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _dropout(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
-    out = torch.empty_like(x)
+    out = _empty_dropout(x, dropout, seed)
     rows, width = x.shape
     if x.numel() == 0:
         return out
+    x = x.contiguous()
     if not use_triton(x):
         return torch.mul(x, _reference_keep((rows, width), dropout, seed, x.device), out=out).div_(1 - dropout)
     blocks = cdiv(width, _BLOCK_N)
@@ -351,9 +366,7 @@ def _pack(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 low_rank_add_ = register_op(
     "low_rank_add_(Tensor(a!) y, Tensor s, Tensor b, float dropout, int seed) -> ()", _add, _no_output
 )
-_lora_dropout = register_op(
-    "lora_dropout(Tensor x, float dropout, int seed) -> Tensor", _dropout, lambda x, dropout, seed: torch.empty_like(x)
-)
+_lora_dropout = register_op("lora_dropout(Tensor x, float dropout, int seed) -> Tensor", _dropout, _empty_dropout)
 _lora_pack = register_op(
     "lora_pack(Tensor[] tensors, ScalarType dtype) -> Tensor",
     _pack,
@@ -366,6 +379,8 @@ _lora_pack = register_op(
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a @ b in `dtype`, rounded once."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
     if torch.promote_types(a.dtype, dtype) == a.dtype:
         return torch.mm(a, b).to(dtype)
     if a.is_cuda and dtype == torch.float32:
@@ -411,8 +426,8 @@ def gather_adapters(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor |
     all_b = [each for each in b if each is not None]
     if not all_a:
         return Adapters(None, list(b), columns)
-    cast_b = any(each.dtype != dtype for each in all_b)
-    if len(all_a) == 1 and not cast_b and all_a[0].dtype == dtype:
+    cast_b = any(each.dtype != dtype or not each.is_contiguous() for each in all_b)
+    if len(all_a) == 1 and not cast_b and all_a[0].dtype == dtype and all_a[0].is_contiguous():
         return Adapters(all_a[0], list(b), columns)
     flat = _lora_pack([*all_a, *(all_b if cast_b else [])], dtype)
     width = all_a[0].shape[1]
@@ -430,8 +445,9 @@ def low_rank_inputs(
     a, columns = adapters.a, adapters.columns
     if a is None:
         return None
-    x = x.to(a.dtype)
-    s = torch.empty(x.shape[0], a.shape[0], dtype=a.dtype, device=x.device)
+    if x.dtype != a.dtype:
+        x = x.to(a.dtype)
+    s = x.new_empty(x.shape[0], a.shape[0])
     used = [i for i, each in enumerate(columns) if each.stop > each.start]
     if not any(dropouts) and len({scalings[i] for i in used}) == 1:
         return torch.addmm(s, x, a.t(), beta=0, alpha=scalings[used[0]], out=s)
@@ -480,13 +496,15 @@ def add_input_gradient(
 
 def dense(weight: torch.Tensor, expand: Expand | None, dtype: torch.dtype, backward: bool) -> torch.Tensor:
     """The weight [N, K] in `dtype`. The allocator hands the block of one expanded weight to the next."""
-    return weight.to(dtype) if expand is None else expand(weight, dtype, backward)
+    if expand is not None:
+        return expand(weight, dtype, backward)
+    return weight if weight.dtype == dtype else weight.to(dtype)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """x @ weight^T + bias, computed in the dtype of x, in a contiguous tensor of `dtype`."""
     y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
-    return y.to(dtype)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 class Static(NamedTuple):
@@ -500,14 +518,15 @@ class Static(NamedTuple):
 
 
 def static_of(
-    x: torch.Tensor, projections: Sequence[Projection], low: torch.dtype | None, out: torch.dtype | None
+    dtype: torch.dtype, projections: Sequence[Projection], low: torch.dtype | None, out: torch.dtype | None
 ) -> Static:
+    """Args: dtype: of the input, and default of `low` and `out`."""
     return Static(
         tuple(projection.scaling for projection in projections),
         tuple(projection.dropout for projection in projections),
         tuple(projection.expand for projection in projections),
-        low or x.dtype,
-        out or x.dtype,
+        low or dtype,
+        out or dtype,
     )
 
 
@@ -549,7 +568,8 @@ class _LoRALinears(torch.autograd.Function):
         for i, dy in enumerate(output_gradients):
             if dy is None:
                 continue
-            dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+            given = dy.reshape(-1, dy.shape[-1])
+            dy = given if given.dtype == x.dtype else given.to(x.dtype)
             _, need_bias, need_a, need_b = need[4 * i : 4 * i + 4]
             if need_bias:
                 gradients[4 * i + 1] = dy.sum(0, dtype=ctx.dtypes[4 * i + 1])
@@ -557,7 +577,7 @@ class _LoRALinears(torch.autograd.Function):
             if b_i is not None:
                 assert s is not None
                 assert ds is not None
-                each, low = ctx.columns[i], dy.to(static.low)
+                each, low = ctx.columns[i], given if given.dtype == static.low else given.to(static.low)
                 ds_i = ds[:, each]
                 if need_a or need_x:
                     torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
@@ -569,7 +589,11 @@ class _LoRALinears(torch.autograd.Function):
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
                 del weight
         if ds is not None:
-            wanted = [ctx.dtypes[4 * i + 2] if need[4 * i + 2] else None for i in range(count)]
+            # An adapter whose output was not used has no gradient, as under stock: an optimizer passes over it.
+            wanted = [
+                ctx.dtypes[4 * i + 2] if need[4 * i + 2] and dy is not None else None
+                for i, dy in enumerate(output_gradients)
+            ]
             if any(wanted):
                 gradients[2::4] = low_rank_gradients(x, ds, wanted, ctx.columns, static.dropout, ctx.seeds)
             if dx is not None:
@@ -651,6 +675,19 @@ def check_adapter(width: int, a: torch.Tensor, b: torch.Tensor, dropout: float) 
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
 
 
+def linears_of(
+    width: int, dtype: torch.dtype, projections: Sequence[Projection], low: torch.dtype | None, out: torch.dtype | None
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """`lora_linears` of inputs of one width and dtype: checked once, called many times."""
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"between one and three projections, got {len(projections)}")
+    for projection in projections:
+        check(width, projection)
+    static = static_of(dtype, projections, low, out)
+    tensors = tuple(tensor for projection in projections for tensor in projection[:4])
+    return lambda x: _LoRALinears.apply(x, static, *tensors)
+
+
 def lora_linears(
     x: torch.Tensor, projections: Sequence[Projection], low: torch.dtype | None = None, out: torch.dtype | None = None
 ) -> tuple[torch.Tensor, ...]:
@@ -665,12 +702,7 @@ def lora_linears(
     Returns:
         One [..., N_i] for each.
     """
-    if not 1 <= len(projections) <= 3:
-        raise ValueError(f"between one and three projections, got {len(projections)}")
-    for projection in projections:
-        check(x.shape[-1], projection)
-    static = static_of(x, projections, low, out)
-    return _LoRALinears.apply(x, static, *(tensor for projection in projections for tensor in projection[:4]))
+    return linears_of(x.shape[-1], x.dtype, projections, low, out)(x)
 
 
 def lora_add(

@@ -22,6 +22,7 @@ Source: see glu.py and lora.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -350,16 +351,46 @@ def _parts(s: _Part, adapters: Adapters, width: int) -> tuple[_Part, _Part, _Par
     return s_of[0], b[:width], s_of[0], b[width:]
 
 
-class _LoRAMLP(torch.autograd.Function):
-    """Projections: gate, up and down, or gate_up and down."""
+# The product with Wd is a node of its own that saves nothing: all that the gradients need is saved by the node before.
+# Recomputation under non-reentrant checkpointing stops at the last saved tensor, and this product, the last of its
+# layer, is then not computed a second time. The two nodes are joined by `link`, an empty stand-in for y: the gradient
+# of y is passed on as that of `link`.
+
+
+class _Down(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        link: torch.Tensor,
+        h: torch.Tensor,
+        s_down: torch.Tensor | None,
+        b_down: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        static: Static,
+    ) -> torch.Tensor:
+        y = linear(h, dense(weight, static.expand[-1], h.dtype, False), bias, static.out)
+        if s_down is not None:
+            low_rank_add_(y, s_down, b_down, 0.0, 0)
+        return y.view(link.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return dy, None, None, None, None, None, None
+
+
+class _Hidden(torch.autograd.Function):
+    """Projections: gate, up and down, or gate_up and down. Returns `link`, h, S_d and B_d in the dtype of S_d."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, activation: str, static: Static, *tensors: torch.Tensor | None
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, activation: str, static: Static, features: int, *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         weights, biases, a, b = (tensors[i::4] for i in range(4))
+        ctx.set_materialize_grads(False)  # h has none, and would be given one of zeros
         ctx.static, ctx.activation, ctx.shape = static, activation, x.shape
         ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        link = x.new_empty((), dtype=static.out).expand(*x.shape[:-1], features)
         x = x.reshape(-1, x.shape[-1])
         into, down = gather_adapters(a[:-1], b[:-1], static.low), gather_adapters(a[-1:], b[-1:], static.low)
         s = low_rank_inputs(x, into, static.scaling, static.dropout, (0,) * len(weights))
@@ -371,42 +402,40 @@ class _LoRAMLP(torch.autograd.Function):
         width = _halves(gate, up)[0].shape[1]
         h = _lora_glu(gate, up, *_parts(s, into, width), activation)
         s_down = low_rank_inputs(h, down, static.scaling[-1:], (0.0,), (0,))
-        weight = weights[-1]
-        assert weight is not None
-        y = linear(h, dense(weight, static.expand[-1], x.dtype, False), biases[-1], static.out)
-        if s_down is not None:
-            low_rank_add_(y, s_down, down.b[0], 0.0, 0)
+        b_down = None if down.b[0] is None else down.b[0].detach()
         ctx.columns = into.columns
-        ctx.save_for_backward(x, gate, up, s, s_down, into.a, down.a, down.b[0], *weights, *into.b)
-        return y.view(*ctx.shape[:-1], y.shape[-1])
+        ctx.save_for_backward(x, gate, up, s, s_down, into.a, down.a, b_down, *weights, *into.b)
+        ctx.mark_non_differentiable(*(each for each in (h, s_down, b_down) if each is not None))
+        return link, h, s_down, b_down
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[Any, ...]:
         static, count = ctx.static, len(ctx.dtypes) // 4
         x, gate, up, s, s_down, a, a_down, b_down, *rest = ctx.saved_tensors
         weights, into = rest[:count], Adapters(a, rest[count:], ctx.columns)
-        need_x, _, _, *need = ctx.needs_input_grad
+        need_x, _, _, _, *need = ctx.needs_input_grad
         need_bias, need_a, need_b = need[1::4], need[2::4], need[3::4]
         gradients: list[torch.Tensor | None] = [None] * (4 * count)
 
-        dy = dy.reshape(-1, dy.shape[-1]).to(x.dtype)
+        given = dy.reshape(-1, dy.shape[-1])
+        dy = given if given.dtype == x.dtype else given.to(x.dtype)
         if need_bias[-1]:
             gradients[4 * count - 3] = dy.sum(0, dtype=ctx.dtypes[-3])
         ds_down = None
         if s_down is not None:
-            low = dy.to(static.low)
+            low = given if given.dtype == static.low else given.to(static.low)
             ds_down = torch.empty_like(s_down)
             torch.addmm(ds_down, low, b_down, beta=0, alpha=static.scaling[-1], out=ds_down)
             if need_b[-1]:
                 gradients[-1] = product(low.t(), s_down, ctx.dtypes[-1])
             del low
         dh = torch.mm(dy, dense(weights[-1], static.expand[-1], x.dtype, True))
-        del dy
+        del dy, given
         width = dh.shape[1]
         parts = _parts(s, into, width)
         dgate, dup = _lora_glu_backward(dh, gate, up, *parts, ds_down, a_down, need_a[-1], ctx.activation)
-        if need_a[-1]:
+        if ds_down is not None and need_a[-1]:
             gradients[-2] = product(ds_down.t(), dh.to(static.low), ctx.dtypes[-2])
         del dh
 
@@ -418,7 +447,7 @@ class _LoRAMLP(torch.autograd.Function):
             if b_i is not None:
                 assert s is not None
                 assert ds is not None
-                each, low = ctx.columns[i], dhidden.to(static.low)
+                each, low = ctx.columns[i], dhidden if dhidden.dtype == static.low else dhidden.to(static.low)
                 ds_i = ds[:, each]
                 torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
                 if need_b[i]:
@@ -435,7 +464,62 @@ class _LoRAMLP(torch.autograd.Function):
                 gradients[2:-4:4] = low_rank_gradients(x, ds, wanted, ctx.columns, none, none)
             if dx is not None:
                 low_rank_add_(dx, ds, a.t(), 0.0, 0)
-        return None if dx is None else dx.view(ctx.shape), None, None, *gradients
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *gradients
+
+
+def _inner_width(projections: tuple[Projection, ...]) -> int:
+    """I, as far as it is known without expanding a weight; otherwise what `down` takes it to be."""
+    known = set()
+    for projection in projections[:-1]:
+        if projection.b is not None:
+            known.add(projection.b.shape[0])
+        elif projection.expand is None:
+            known.add(projection.weight.shape[0])
+    if len(known) > 1:
+        raise ValueError(f"gate and up must have the same number of outputs, got {sorted(known)}")
+    if not known:
+        down = projections[-1]
+        return (down.weight if down.a is None else down.a).shape[-1]
+    (width,) = known
+    if len(projections) == 3:
+        return width
+    if width % 2:
+        raise ValueError(f"gate_up must have an even number of outputs, got {width}")
+    return width // 2
+
+
+def gated_mlp_of(
+    width: int,
+    dtype: torch.dtype,
+    projections: tuple[Projection, ...],
+    activation: str,
+    low: torch.dtype | None,
+    out: torch.dtype | None,
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`lora_gated_mlp` of inputs of one width and dtype: checked once, called many times."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if len(projections) not in (2, 3):
+        raise ValueError(f"gate, up and down, or gate_up and down; got {len(projections)} projections")
+    for projection in projections[:-1]:
+        check(width, projection)
+    check(_inner_width(projections), projections[-1])
+    if any(projection.dropout for projection in projections):
+        raise ValueError("a gated MLP with dropout in its adapters must be computed projection by projection")
+    down, static = projections[-1], static_of(dtype, projections, low, out)
+    features = down.out_features
+    if down.b is not None or down.expand is None:
+        features = (down.weight if down.b is None else down.b).shape[0]
+    if features is None:
+        raise ValueError("a packed down projection without an adapter needs out_features")
+    tensors = tuple(tensor for each in projections for tensor in each[:4])
+
+    def gated_mlp(x: torch.Tensor) -> torch.Tensor:
+        link, h, s_down, b_down = _Hidden.apply(x, activation, static, features, *tensors)
+        bias = None if down.bias is None else down.bias.detach()
+        return _Down.apply(link, h, s_down, b_down, down.weight, bias, static)
+
+    return gated_mlp
 
 
 def lora_gated_mlp(
@@ -457,14 +541,4 @@ def lora_gated_mlp(
     Returns:
         [..., N], N being the outputs of down.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if len(projections) not in (2, 3):
-        raise ValueError(f"gate, up and down, or gate_up and down; got {len(projections)} projections")
-    for projection in projections[:-1]:
-        check(x.shape[-1], projection)
-    if any(projection.dropout for projection in projections):
-        raise ValueError("a gated MLP with dropout in its adapters must be computed projection by projection")
-    return _LoRAMLP.apply(
-        x, activation, static_of(x, projections, low, out), *(tensor for each in projections for tensor in each[:4])
-    )
+    return gated_mlp_of(x.shape[-1], x.dtype, projections, activation, low, out)(x)

@@ -6,8 +6,8 @@ the others pick their result up, if they are called with the very same input. Th
 one function with its activation (patches/mlp.py asks for it here).
 
 What is decided at every call, since adapters come and go in training: one active adapter, not merged, not disabled, no
-variant, no hooks on what is bypassed. Otherwise PEFT's own forward runs, and it does where no gradient is wanted: in
-generation bitsandbytes has faster paths for few rows.
+variant but DoRA (kernels/dora.py), no hooks on what is bypassed. Otherwise PEFT's own forward runs, and it does in
+evaluation and generation: bitsandbytes has faster paths for few rows.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from hf_turbo.kernels import _launch
 from hf_turbo.kernels.dequantize import Nested, Packed4bit
-from hf_turbo.kernels.lora import Projection, lora_add, lora_linears
-from hf_turbo.kernels.lora_mlp import lora_gated_mlp
+from hf_turbo.kernels.dora import dora_linears
+from hf_turbo.kernels.lora import Projection, linears_of, lora_add
+from hf_turbo.kernels.lora_mlp import gated_mlp_of
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -39,6 +40,7 @@ from .engine import (
     same_name_subclass,
     stock_class,
 )
+from .lora_watch import Watch
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -51,15 +53,23 @@ class _Adapter(NamedTuple):
     b: torch.Tensor
     scaling: float
     dropout: float
+    magnitude: torch.Tensor | None  # of DoRA
 
 
 class _Layer(NamedTuple):
-    """One linear layer as `lora_linears` takes it, with its dtypes for an input."""
+    """One linear layer as `lora_linears` or `dora_linears` takes it, with its dtypes for an input."""
 
     projection: Projection
     compute: torch.dtype
     low: torch.dtype
     out: torch.dtype
+    magnitude: torch.Tensor | None
+
+
+def _active_names(layer: Any) -> list[str]:
+    """The active adapters that a LoRA layer has."""
+    active = layer.__dict__["_active_adapter"]
+    return [name for name in ((active,) if isinstance(active, str) else active) if name in layer.lora_A]
 
 
 def _adapter(layer: Any) -> _Adapter | str:
@@ -70,13 +80,13 @@ def _adapter(layer: Any) -> _Adapter | str:
         return "adapters are disabled"
     if state["merged_adapters"]:
         return "adapters are merged"
-    active, a_modules = state["_active_adapter"], modules["lora_A"]._modules
-    names = [name for name in ((active,) if isinstance(active, str) else active) if name in a_modules]
+    a_modules, names = modules["lora_A"]._modules, _active_names(layer)
     if len(names) != 1:
         return f"{len(names)} active adapters"
     name = names[0]
-    if name in state["lora_variant"]:
-        return f"the adapter is a variant: {type(state['lora_variant'][name]).__name__}"
+    variant = state["lora_variant"].get(name)
+    if variant is not None and not _is_dora(variant):
+        return f"the adapter is a variant: {type(variant).__name__}"
     if state["lora_bias"].get(name):
         return "the adapter has a bias"
     if not state["cast_input_dtype_enabled"]:
@@ -97,7 +107,36 @@ def _adapter(layer: Any) -> _Adapter | str:
         return "adapter matrices are sharded or partitioned"
     if a.weight.dtype != b.weight.dtype:
         return "adapter matrices of different dtypes"
-    return _Adapter(a.weight, b.weight, state["scaling"][name], probability)
+    magnitude: torch.Tensor | str | None = None
+    if variant is not None:
+        # In evaluation too, so that the report says what training will do.
+        if type(dropout) is nn.Dropout and dropout.p > 0:
+            return "DoRA with dropout: PEFT computes another formula"
+        magnitude = _magnitude(layer, name)
+    if isinstance(magnitude, str):
+        return magnitude
+    return _Adapter(a.weight, b.weight, state["scaling"][name], probability, magnitude)
+
+
+def _is_dora(variant: Any) -> bool:
+    variants = sys.modules.get("peft.tuners.lora.variants")
+    return variants is not None and type(variant) is getattr(variants, "DoraLinearVariant", None)
+
+
+def _magnitude(layer: Any, name: str) -> torch.Tensor | str:
+    """DoRA's magnitudes of one adapter, or why PEFT has to compute it."""
+    if layer.__dict__["ephemeral_gpu_offload"]:
+        return "DoRA with offloading (ephemeral_gpu_offload)"
+    module: Any = layer._modules["lora_magnitude_vector"]._modules.get(name)
+    dora = sys.modules.get("peft.tuners.lora.dora")
+    if dora is None or type(module) is not getattr(dora, "DoraLinearLayer", None) or module.fan_in_fan_out:
+        return f"magnitudes are in a {type(module).__name__}"
+    if has_hooks(module):
+        return "hooks or an instance forward inside the adapter"
+    magnitude: torch.Tensor = module._parameters["weight"]
+    if not is_plain(magnitude) or magnitude.numel() == 0:
+        return "magnitudes are sharded or partitioned"
+    return magnitude
 
 
 def _dense_conflict(base: Any) -> str | None:
@@ -144,6 +183,10 @@ class _Expanded:
 
     def forget(self, state: Any) -> None:
         self._kept.pop(state, None)
+        self.forget_last()
+
+    def forget_last(self) -> None:
+        """Where recomputation was not followed by a gradient: an error between them."""
         self._last = None
 
     def get(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
@@ -186,20 +229,25 @@ def _expand(state: Any, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return known[2].expand(dtype)
 
 
+def _is_float64(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
+    """Whether something is in float64, which autocast leaves as it is."""
+    return dtype == torch.float64 or any(each is not None and each.dtype == torch.float64 for each in tensors)
+
+
 def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | str:
     """What a LoRA layer of ours, or a linear layer without an adapter, computes; or why it has to do so itself."""
-    adapter: _Adapter | str | None = None
-    base, kind = module, _kind(module)
-    if kind is not None:
-        adapter = _adapter(module)
-        if isinstance(adapter, str):
-            return adapter
-        base = module._modules["base_layer"]
+    adapter: _Adapter | None = None
+    base = module
+    if _kind(module) is not None:
+        found = _adapter(module)
+        if isinstance(found, str):
+            return found
+        adapter, base = found, module._modules["base_layer"]
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-    if autocast is not None and x_dtype == torch.float64:
+    # Not there: of a parametrized or pruned layer, of another wrapper than ours, of other quantized layers.
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if autocast is not None and _is_float64(x_dtype, weight, adapter and adapter.a):
         return "float64 under autocast"
-    parameters = base._parameters
-    weight, bias = parameters["weight"], parameters["bias"]
     expand = None
     if type(base) is nn.Linear:
         conflict = _dense_conflict(base)
@@ -215,6 +263,9 @@ def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | 
         if conflict is None and bias is not None and bias.dtype != compute:
             conflict = "the bias of 4-bit weights is cast by a first stock call"
         out = x_dtype if adapter is None else torch.promote_types(x_dtype, autocast or x_dtype)
+        if adapter is not None and adapter.magnitude is not None:
+            # PEFT asks whether CUDA has autocast, and keeps the dtype of what its magnitudes made if so.
+            out = torch.promote_types(out, adapter.magnitude.dtype) if torch.is_autocast_enabled() else x_dtype
         low = compute if adapter is None else (autocast or adapter.a.dtype)
         if conflict is None and low != compute != x_dtype:
             conflict = f"the adapter reads {x_dtype} inputs, the 4-bit weights {compute} ones"
@@ -226,41 +277,122 @@ def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | 
         return conflict
     if weight.device != device or (adapter is not None and adapter.a.device != device):
         return "weights on another device than the input"
-    a, b, scaling, dropout = (None, None, 1.0, 0.0) if adapter is None else adapter
+    a, b, scaling, dropout, magnitude = (None, None, 1.0, 0.0, None) if adapter is None else adapter
+    if magnitude is not None and magnitude.device != device:
+        return "magnitudes on another device than the input"
     # As a plain tensor: autograd functions must not see a parameter subclass with behaviour of its own.
     if expand is not None:
         weight = weight.data
-    return _Layer(Projection(weight, bias, a, b, scaling, dropout, expand), compute, low, out)
+    return _Layer(
+        Projection(weight, bias, a, b, scaling, dropout, expand, base.out_features), compute, low, out, magnitude
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- replacements
 
 
-def _may_act(x: Any, args: Any = (), kwargs: Any = None) -> bool:
+def _may_act(module: nn.Module, x: Any, args: Any = (), kwargs: Any = None) -> bool:
+    """Whether a call is of a training.
+
+    In reentrant checkpointing the first forward runs without gradients. One row at a time is generation, where
+    bitsandbytes has kernels of its own. An input of another width is for stock code to complain about; transforms of
+    torch.func cannot see through autograd functions of ours.
+    """
     return (
         is_live()
-        and torch.is_grad_enabled()
+        and (torch.is_grad_enabled() or (module.training and x.ndim > 1 and x.shape[-2] > 1))
         and not args
         and not kwargs
         and type(x) in (torch.Tensor, nn.Parameter)
         and x.is_floating_point()
         and x.numel() > 0
-        and not torch.compiler.is_compiling()
+        and x.shape[-1:] == (getattr(module, "in_features", None),)
+        and not x.is_meta
+        and not torch.compiler.is_compiling()  # before the next two, which it cannot see through
+        and not x.is_inference()
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+class _Recipe(NamedTuple):
+    """How some layers compute one input together, worked out and checked once."""
+
+    watches: tuple[Watch, ...]
+    x_dtype: torch.dtype
+    device: torch.device
+    autocast: Any
+    compute: torch.dtype
+    call: Callable[[torch.Tensor], Any]
+    activation: str | None = None
+
+    def fits(self, modules: tuple[Any, ...], x: torch.Tensor, activation: str | None = None) -> bool:
+        watches = self.watches
+        return (
+            len(watches) == len(modules)
+            and self.x_dtype == x.dtype
+            and self.device == x.device
+            and self.autocast == _autocast(x)
+            and self.activation == activation
+            and all(map(Watch.of, watches, modules))
+            and all(map(Watch.is_same, watches))
+        )
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        return self.call(x if x.dtype == self.compute else x.to(self.compute))
+
+
+# By the first layer that has an adapter. A recipe refers to the modules inside LoRA layers and to layers without an
+# adapter, so that such a layer as the key would never be let go.
+_RECIPES: weakref.WeakKeyDictionary[nn.Module, _Recipe] = weakref.WeakKeyDictionary()
+
+
+def _keep_recipe(
+    modules: tuple[Any, ...],
+    x: torch.Tensor,
+    compute: torch.dtype,
+    call: Callable[[torch.Tensor], Any],
+    activation: str | None = None,
+) -> _Recipe:
+    watches = tuple(Watch(each, None if _kind(each) is None else _active_names(each)[0]) for each in modules)
+    recipe = _Recipe(watches, x.dtype, x.device, _autocast(x), compute, call, activation)
+    key = _key(modules)
+    if key is not None:
+        _RECIPES[key] = recipe
+    return recipe
+
+
+def _recipe(modules: tuple[Any, ...], x: torch.Tensor, activation: str | None = None) -> _Recipe | None:
+    """What was kept for these layers, if it still fits."""
+    key = _key(modules)
+    recipe = None if key is None else _RECIPES.get(key)
+    return recipe if recipe is not None and recipe.fits(modules, x, activation) else None
+
+
+def _key(modules: tuple[Any, ...]) -> Any:
+    return next((module for module in modules if "lora_A" in module._modules), None)
 
 
 def _compute(modules: tuple[Any, ...], x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
     """The outputs of all layers for one input, or None where one of them has to compute itself."""
+    recipe = _recipe(modules, x)
+    if recipe is not None:
+        return recipe(x)
     layers = [_layer(module, x.dtype, x.device) for module in modules]
     first = layers[0]
     if isinstance(first, str):
         return None
-    projections = []
+    projections, magnitudes = [], []
     for layer in layers:
-        if isinstance(layer, str) or layer[1:] != first[1:]:
+        if isinstance(layer, str) or layer[1:4] != first[1:4]:
             return None
         projections.append(layer.projection)
-    return lora_linears(x.to(first.compute), projections, first.low, first.out)
+        magnitudes.append(layer.magnitude)
+    if any(magnitude is not None for magnitude in magnitudes):
+        if x.ndim < 2 or any(projection.dropout for projection in projections):
+            return None  # of one row PEFT makes a matrix
+        return dora_linears(x.to(first.compute), projections, magnitudes, first.low, first.out)
+    call = linears_of(x.shape[-1], first.compute, projections, first.low, first.out)
+    return _keep_recipe(modules, x, first.compute, call)(x)
 
 
 def _beside(module: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -268,10 +400,10 @@ def _beside(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     if _kind(module) is None:
         return None
     adapter = _adapter(module)
-    if isinstance(adapter, str) or adapter.a.device != x.device:
+    if isinstance(adapter, str) or adapter.magnitude is not None or adapter.a.device != x.device:
         return None
     autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-    if autocast is not None and x.dtype == torch.float64:
+    if autocast is not None and _is_float64(x.dtype, adapter.a):
         return None
     y = module.base_layer(x)
     low = autocast or adapter.a.dtype
@@ -282,7 +414,7 @@ def _beside(module: Any, x: torch.Tensor) -> torch.Tensor | None:
 
 def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not _may_act(x, args, kwargs):
+        if not _may_act(self, x, args, kwargs):
             return stock(self, x, *args, **kwargs)
         group = _GROUPS.get(self)
         if group is not None:
@@ -300,7 +432,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
 class _Stash(NamedTuple):
     x: torch.Tensor
     version: int
-    autocast: Any
+    mode: tuple[Any, bool]
     outputs: dict[nn.Module, torch.Tensor]
 
 
@@ -308,7 +440,8 @@ class _Group:
     """Layers that are called one after the other with the same input.
 
     The first computes all; the others find their output here. Where they are not called, or not with that input, the
-    group dissolves after a few such calls (cross attention, keys shared between layers).
+    group dissolves after a few such calls (cross attention, keys shared between layers). It does so at once where the
+    first is not called first: what is left of one forward might be found by the next, with other weights.
     """
 
     _PATIENCE = 3
@@ -317,27 +450,33 @@ class _Group:
         self._members = tuple(weakref.ref(member) for member in members)
         self._stash: _Stash | None = None
         self._misses = 0
+        self._begun = False
 
     def compute(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         if self._misses >= self._PATIENCE:
             return _compute((module,), x)
         if module is not self._members[0]():
+            if not self._begun:
+                self._misses = self._PATIENCE
             return self._take(module, x) or _compute((module,), x)
+        self._begun = True
         if self._stash is not None:
             self._stash = None
             self._misses += 1
-        members = tuple(member() for member in self._members)
-        outputs = None if None in members else _compute(members, x)
+            if self._misses >= self._PATIENCE:  # nothing is kept that nobody would clear
+                return _compute((module,), x)
+        members = tuple(member for member in (reference() for reference in self._members) if member is not None)
+        outputs = _compute(members, x) if len(members) == len(self._members) else None
         if outputs is None:
             return _compute((module,), x)
-        self._stash = _Stash(x, x._version, _autocast(x), dict(zip(members[1:], outputs[1:], strict=True)))
+        self._stash = _Stash(x, x._version, _mode(x), dict(zip(members[1:], outputs[1:], strict=True)))
         return outputs
 
     def _take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         stash = self._stash
         if stash is None:
             return None
-        same = stash.x is x and stash.version == x._version and stash.autocast == _autocast(x)
+        same = stash.x is x and stash.version == x._version and stash.mode == _mode(x)
         output = stash.outputs.pop(module, None)
         if not same or output is None:
             self._stash = None
@@ -353,6 +492,10 @@ def _autocast(x: torch.Tensor) -> Any:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
+def _mode(x: torch.Tensor) -> tuple[Any, bool]:
+    return _autocast(x), torch.is_grad_enabled()
+
+
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
 
@@ -362,18 +505,21 @@ def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) ->
     Args:
         projections: the modules gate, up and down, or gate_up and down.
     """
-    if not any(map(is_swapped, projections)) or not _may_act(x):
+    if not any(map(is_swapped, projections)) or not _may_act(projections[0], x):
         return None
+    # Their own forwards are not called.
+    if any(map(has_hooks, projections)):
+        return None
+    recipe = _recipe(projections, x, activation)
+    if recipe is not None:
+        return recipe(x)
     layers: list[_Layer] = []
     dtype = x.dtype
     for module in projections:
-        # Their own forwards are not called.
-        if has_hooks(module):
-            return None
         if module is projections[-1]:
             dtype = layers[0].out
         layer = _layer(module, dtype, x.device)
-        if isinstance(layer, str) or layer.projection.dropout:
+        if isinstance(layer, str) or layer.projection.dropout or layer.magnitude is not None:
             return None
         layers.append(layer)
     first, down = layers[0], layers[-1]
@@ -381,14 +527,26 @@ def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) ->
     if any((layer.compute, layer.low) != (first.compute, first.low) for layer in layers) or layers[-2].out != first.out:
         return None
     ordered = [layer.projection for layer in layers]
-    if down.projection.expand is not None:
+    if isinstance(down.projection.expand, functools.partial):
         ordered[-1] = down.projection._replace(
             expand=functools.partial(_EXPANDED.get_last, *down.projection.expand.args)
         )
-    return lora_gated_mlp(x.to(first.compute), tuple(ordered), activation, first.low, down.out)
+    call = gated_mlp_of(x.shape[-1], first.compute, tuple(ordered), activation, first.low, down.out)
+    return _keep_recipe(projections, x, first.compute, call, activation)(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- find
+
+
+class _LayerSwap(ClassSwap):
+    """The swap of one layer, which takes along what was kept of it."""
+
+    def revert(self) -> bool:
+        _EXPANDED.forget_last()
+        module = self._module()
+        if isinstance(module, nn.Module):
+            _RECIPES.pop(module, None)
+        return super().revert()
 
 
 class _GroupPatch(Patch):
@@ -478,7 +636,17 @@ def _conflict(module: Any) -> str | None:
     expected = {"Linear": "Linear", "Linear4bit": "Linear4bit", "Linear8bitLt": "Linear8bitLt"}[kind]
     if type(base).__name__ != expected or (kind == "Linear" and type(base) is not nn.Linear):
         return f"base layer is a {type(base).__name__}"
-    return module_conflict(base)
+    reason = module_conflict(base)
+    if reason is None and adapter.magnitude is not None:  # not beside a layer that computes itself
+        reason = "DoRA on 8-bit weights" if kind == "Linear8bitLt" else None
+        if kind == "Linear":
+            reason = _dense_conflict(base)
+    return reason
+
+
+def concerns(model: nn.Module) -> bool:
+    """Whether a model has LoRA or 4-bit layers at all."""
+    return any(_is_adapter(module) or _is_4bit(module) for module in model.modules())
 
 
 def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
@@ -507,7 +675,9 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
             continue
         finding.patched += 1
         ours.add(module)
-        finding.patches.append(ClassSwap(f"lora:{name}", module, same_name_subclass(type(module), _make_forward)))
+        finding.patches.append(
+            _LayerSwap(f"lora:{name}", module, same_name_subclass(stock_class(module), _make_forward))
+        )
         if _is_adapter(module) and _drops(module):
             finding.exactness = Exactness.REDRAWN
         base = getattr(module, "base_layer", module)

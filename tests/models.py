@@ -114,3 +114,53 @@ def reference64(model: nn.Module, inputs: dict[str, Any], scale: float = 1.0) ->
     model = copy.deepcopy(model).double()
     with Float64Mode():
         return loss_and_gradients(model, inputs, scale)
+
+
+def quantised(model: Any, kind: str, compute: torch.dtype = torch.float32) -> Any:
+    """The model with bitsandbytes layers in place of all linear ones but the head.
+
+    Args:
+        kind: nf4, fp4, nf4-double, fp4-double or int8.
+        compute: dtype of the products, for 4 bits.
+    """
+    from bitsandbytes import nn as bnb
+
+    four_bit, double = kind != "int8", kind.endswith("-double")
+    for name, module in list(model.named_modules()):
+        if type(module) is not nn.Linear or ".layers." not in name:
+            continue
+        shape, has_bias = (module.in_features, module.out_features), module.bias is not None
+        if four_bit:
+            settings: dict[str, Any] = {"compress_statistics": double, "quant_type": kind.removesuffix("-double")}
+            packed = bnb.Linear4bit(*shape, has_bias, compute_dtype=compute, **settings)
+            packed.weight = bnb.Params4bit(module.weight.data, requires_grad=False, module=packed, **settings)
+            # On some CPUs bitsandbytes repacks the weights at the first evaluation, after which nothing can be trained.
+            packed.support_avx512bf16_for_cpu = False
+        else:
+            packed = bnb.Linear8bitLt(*shape, has_bias, has_fp16_weights=False, threshold=6.0)
+            packed.weight = bnb.Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+        packed.bias = module.bias
+        model.set_submodule(name, packed.to("cpu"))
+    setattr(model, "is_loaded_in_4bit" if four_bit else "is_loaded_in_8bit", True)  # what PEFT looks at
+    return model.requires_grad_(False)
+
+
+def with_dense_weights(model: Any) -> Any:
+    """A copy of the model with the weights, in float32, that its bitsandbytes layers stand for."""
+    import copy
+
+    import bitsandbytes as bnb
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state).float()
+        elif isinstance(module, bnb.nn.Linear8bitLt):
+            weight = module.weight.data.float() * (module.weight.SCB.float() / 127)[:, None]
+        else:
+            continue
+        dense = nn.Linear(module.in_features, module.out_features, bias=False)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.bias = module.bias
+        model.set_submodule(name, dense)
+    return model

@@ -50,5 +50,29 @@ def _round_to_bfloat16() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
+def _widen_bfloat16_products() -> None:
+    """Triton's interpreter holds bfloat16 as uint16 and its dot multiplies those integers; makes it multiply numbers.
+
+    float32 holds every bfloat16, and every product of two, so that this is what tensor cores compute.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    stock = getattr(interpreter.InterpreterBuilder, "create_dot", None)
+    if stock is None:
+        return
+
+    def widen(handle: Any) -> Any:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(torch.tensor(handle.data).view(torch.bfloat16).float().numpy(), tl.float32)
+
+    def create_dot(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+        return stock(self, widen(a), widen(b), *args, **kwargs)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 if _INTERPRET:
     _round_to_bfloat16()
+    _widen_bfloat16_products()
