@@ -370,11 +370,12 @@ def _around_train(trainer: Any) -> Iterator[None]:
                     activation.meet(model, trainer)
         yield
     finally:
-        from hf_turbo.patches import checkpointing
+        from hf_turbo.patches import checkpointing, lora
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
         checkpointing.end_training(trainer.model)
+        lora.end_training()
         activation.training.pop(trainer, None)
         for callback in (meter, table):
             if callback is not None and callback in trainer.callback_handler.callbacks:

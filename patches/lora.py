@@ -644,6 +644,13 @@ def _conflict(module: Any) -> str | None:
     return reason
 
 
+def end_training() -> None:
+    """Lets go of the weights that recipes hold, so that a model which is moved then leaves nothing behind."""
+    _RECIPES.clear()
+    _PACKED.clear()
+    _EXPANDED.forget_last()
+
+
 def concerns(model: nn.Module) -> bool:
     """Whether a model has LoRA or 4-bit layers at all."""
     return any(_is_adapter(module) or _is_4bit(module) for module in model.modules())
