@@ -1,7 +1,8 @@
-# make demo   fine-tune a small real model on real dialogues, stock and with hf_turbo, and compare
-# make test   all tests; the ones of the host stack also on the oldest supported versions
-# make lint   ruff and mypy
-# make clean  remove what these made
+# make demo         fine-tune a small real model on real dialogues, stock and with hf_turbo, and compare
+# make demo-qlora   the same with frozen weights in 4 bits
+# make test         all tests; the ones of the host stack also on the oldest supported versions
+# make lint         ruff and mypy
+# make clean        remove what these made
 #
 # Each first makes the environment it needs, once. On a machine without a GPU the CPU build of torch saves gigabytes:
 # hand pip what it needs to find one, e.g. make demo TORCH='torch==2.13.0+cpu --find-links FOLDER'.
@@ -15,17 +16,20 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-qlora test lint clean
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py $(DEMO)
 
-# Kernels run under Triton's interpreter, and for real where there is a GPU.
+demo-qlora: .venv/.installed
+	$(BIN)/python benchmarks/demo.py --script examples/sft_qlora.py --folder demo-qlora $(DEMO)
+
+# Kernels run under Triton's interpreter, and for real where there is a GPU, as do patches that need one.
 test: .venv/.installed .venv-oldest/.installed
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -m 'not gpu' -n $(JOBS)
-	$(if $(shell command -v nvidia-smi),$(BIN)/pytest tests/kernels -m gpu)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/kernels -n $(JOBS)
-	OMP_NUM_THREADS=1 $(OLDEST)/pytest tests/patches tests/hosts -n $(JOBS)
+	$(if $(shell command -v nvidia-smi),$(BIN)/pytest tests/kernels -m gpu && $(BIN)/pytest tests/patches -m gpu)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/kernels -m 'not gpu' -n $(JOBS)
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest tests/patches tests/hosts -m 'not gpu and not newest' -n $(JOBS)
 
 # kernels/ and patches/ are part of the package only once installed (see pyproject.toml), so mypy reads it installed.
 lint: .venv/.installed
@@ -55,5 +59,5 @@ define environment
 endef
 
 clean:
-	rm -rf .venv .venv-oldest build dist demo *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-oldest build dist demo demo-qlora *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,6 +31,7 @@ def load(path: Path) -> ModuleType:
 
 
 demo = load(ROOT / "benchmarks" / "demo.py")
+STOCK = demo.launchers_of(demo.SCRIPT)["stock"]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_plain_trainer_example(folder: Path, tmp_path: Path) -> None:
 
 
 def test_two_equal_runs_agree_and_are_reported(tiny: list[str], tmp_path: Path) -> None:
-    launchers = {"stock": demo.LAUNCHERS["stock"], "hf_turbo": demo.LAUNCHERS["stock"]}
+    launchers = {"stock": STOCK, "hf_turbo": STOCK}
     assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["agree"]
@@ -105,25 +106,51 @@ def test_two_equal_runs_agree_and_are_reported(tiny: list[str], tmp_path: Path) 
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_other_demo_trains_its_own_script(tiny: list[str], tmp_path: Path) -> None:
+    """QLoRA, stock against itself: in 4 bits, and with the tolerance of its bf16 adapters."""
+    pytest.importorskip("bitsandbytes")
+    script = ROOT / "examples" / "sft_qlora.py"
+    launchers = dict.fromkeys(("stock", "hf_turbo"), demo.launchers_of(script)["stock"])
+    assert demo.main([*tiny, "--script", str(script), "--folder", str(tmp_path)], launchers) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["script"] == "sft_qlora.py"
+    assert report["agree"]
+    assert demo.adapters_dtype(tmp_path / "stock") == "bfloat16"
+    assert report["tolerance"] > demo.tolerance("float32", 1, "float32")
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_each_script_has_two_launchers_and_the_makefile_knows_both() -> None:
+    for script in (ROOT / "examples" / "sft_lora.py", ROOT / "examples" / "sft_qlora.py"):
+        launchers = demo.launchers_of(script)
+        assert list(launchers) == ["stock", "hf_turbo"]
+        assert launchers["hf_turbo"] == (sys.executable, "-m", "hf_turbo", str(script))
+        assert "hf_turbo" not in script.read_text()
+    recipe = subprocess.run(["make", "-n", "demo-qlora"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "benchmarks/demo.py --script examples/sft_qlora.py --folder demo-qlora" in recipe
+
+
 def test_different_losses_fail_the_demo(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another seed stands in for a patch that computes something else."""
-    stock = demo.LAUNCHERS["stock"]
-    launchers = {"stock": stock, "hf_turbo": (*stock, "--seed", "7")}
+    launchers = {"stock": STOCK, "hf_turbo": (*STOCK, "--seed", "7")}
     assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
     assert "disagree" in capsys.readouterr().out
     assert not json.loads((tmp_path / "report.json").read_text())["agree"]
 
 
 def test_a_failing_script_is_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launchers = {"stock": (*demo.LAUNCHERS["stock"], "--no-such-option")}
+    launchers = {"stock": (*STOCK, "--no-such-option")}
     assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
     assert "no-such-option" in capsys.readouterr().out
 
 
 def test_tolerance_is_a_rounding_error() -> None:
-    assert demo.tolerance("float32", tokens=500) < 1e-5
-    assert demo.tolerance("bfloat16", tokens=400) == pytest.approx(2 * demo.tolerance("bfloat16", tokens=1600))
-    assert demo.tolerance("bfloat16", tokens=4096) < 2e-3
+    def tolerance(dtype: str, tokens: int, adapters: str = "float32") -> float:
+        return demo.tolerance(dtype, tokens, adapters)
+
+    assert tolerance("float32", 500) < tolerance("float32", 500, "bfloat16") < 3e-5
+    assert tolerance("bfloat16", 400) == pytest.approx(2 * tolerance("bfloat16", 1600))
+    assert tolerance("bfloat16", 4096) == tolerance("bfloat16", 4096, "bfloat16") < 2e-3
 
 
 def test_nothing_patched_is_no_demo(tmp_path: Path) -> None:

@@ -118,7 +118,13 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
 def test_trainer_under_ddp(tmp_path):
     ranks = start(ddp_worker, tmp_path)
     for rank, result in enumerate(ranks):
-        assert result["report"] == {"norms": (9, 9), "mlp": (2, 2), "rope": (2, 2), "loss": (1, 1)}
+        assert result["report"] == {
+            "norms": (9, 9),
+            "mlp": (2, 2),
+            "rope": (2, 2),
+            "loss": (1, 1),
+            "optimizer": (1, 0),  # on a CPU torch's is as fast
+        }
         assert len(result["runs"]["stock"]["loss"]) == STEPS
         assert_no_drift(result["runs"], f"rank {rank}")
         for name, value in result["runs"]["stock"].items():

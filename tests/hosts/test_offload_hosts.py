@@ -34,6 +34,8 @@ from tests.training import (
     tokenizer,
 )
 
+pytestmark = pytest.mark.newest
+
 LAYERS = 4
 OFFLOAD = {**{field.name: False for field in fields(TurboConfig)}, "offload": True}
 

@@ -22,64 +22,22 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import hf_turbo
-from tests.models import VOCABULARY, tiny_model
+from tests.models import tiny_model
+from tests.training import distance, one_thread, padded_rows, perturb, prompts_and_completions, tokenizer
 
 STEPS, SAVE_STEPS = 100, 50
 ROWS, FACTOR = 48, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on tiny tensors cost more than they bring, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-# ------------------------------------------------------------------------------------------------ data
-
-
-def sentence(row: int) -> list[int]:
-    """Token ids with a rule to be learnt, from 6 to 14 of them."""
-    return [3 + (5 * row + 7 * i) % (VOCABULARY - 3) for i in range(6 + row % 9)]
-
-
-def padded_rows(first: int, count: int) -> list[dict[str, torch.Tensor]]:
-    """For a plain Trainer: padded on the right, the first two tokens masked."""
-    rows = []
-    for row in range(first, first + count):
-        ids = sentence(row)
-        padding = 14 - len(ids)
-        rows.append(
-            {
-                "input_ids": torch.tensor(ids + [0] * padding),
-                "attention_mask": torch.tensor([1] * len(ids) + [0] * padding),
-                "labels": torch.tensor([-100, -100, *ids[2:]] + [-100] * padding),
-            }
-        )
-    return rows
-
-
-def prompts_and_completions(first: int, count: int) -> Dataset:
-    """For SFTTrainer, which masks the prompts and pads by itself."""
-    words = [[f"w{i}" for i in sentence(row)] for row in range(first, first + count)]
-    rows = [{"prompt": " ".join(w[:3]), "completion": " " + " ".join(w[3:])} for w in words]
-    return Dataset.from_list(rows)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>")
+def threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -112,15 +70,11 @@ class Run:
         return torch.tensor([log[name] for log in self.logs if name in log and log["step"] > after]).double()
 
 
-def make_trainer(scenario: Scenario, folder: Path, roundoffs: int) -> Trainer:
+def make_trainer(scenario: Scenario, folder: Path, perturbed: bool) -> Trainer:
     set_seed(0)
     model = tiny_model("qwen3" if scenario.trainer == "trainer" else "llama")
-    unit = torch.finfo(torch.bfloat16 if scenario.bf16 else torch.float32).eps / 2
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
-            parameter.mul_(1 + roundoffs * unit * signs)
+    if perturbed:
+        perturb(model, torch.bfloat16 if scenario.bf16 else torch.float32)
     arguments = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -157,9 +111,9 @@ def make_trainer(scenario: Scenario, folder: Path, roundoffs: int) -> Trainer:
 
 
 def train(
-    scenario: Scenario, folder: Path, *, turbo: bool = False, roundoffs: int = 0, resume: Path | None = None
+    scenario: Scenario, folder: Path, *, turbo: bool = False, perturbed: bool = False, resume: Path | None = None
 ) -> Run:
-    trainer = make_trainer(scenario, folder, roundoffs)
+    trainer = make_trainer(scenario, folder, perturbed)
     batches, collate = [], trainer.data_collator
 
     def recording(rows: list[Any]) -> Any:
@@ -194,7 +148,7 @@ def runs(tmp_path_factory):
         folder = tmp_path_factory.mktemp(str(scenario))
         skip_if_stock_cannot_run(scenario)
         stock = train(scenario, folder / "stock")
-        perturbed = train(scenario, folder / "perturbed", roundoffs=1)
+        perturbed = train(scenario, folder / "perturbed", perturbed=True)
         return stock, perturbed, train(scenario, folder / "turbo", turbo=True)
 
     return make
@@ -220,12 +174,6 @@ def skip_if_stock_cannot_run(scenario: Scenario) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the rule
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    assert a.numel()
-    return (a - b).square().mean().sqrt().item()
 
 
 def assert_no_drift(stock: Run, perturbed: Run, turbo: Run, names: set[str], after: int = 0) -> None:
@@ -257,7 +205,8 @@ SCENARIOS = [
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_curves_and_weights(runs, scenario):
     stock, perturbed, turbo = runs(scenario)
-    assert [(row.role, row.patched) for row in turbo.report if not row.patched] == []
+    # On a CPU the optimizer of torch is as fast.
+    assert [row.role for row in turbo.report if not row.patched] == ["optimizer"]
     names = {name for log in stock.logs for name in log}
     continuous = {"loss", "grad_norm", "eval_loss", "train_loss"} & names
     if scenario.trainer != "trainer":

@@ -2,19 +2,14 @@
 
 Each trains three times: stock; stock from weights of which every one is off by one unit roundoff; turbo. The first two
 say how much a rounding error may show in a log or in the updates of the weights; turbo's distance from stock may be 5
-times that (each is one draw of chance, and logs of two steps are few numbers), plus one unit in the last place of the
-weight, or of the log-probabilities that a logged number comes from. The optimizer is SGD, as Adam would hide a gradient
-of the wrong size. Longer runs: test_training_curves.py.
+times that (each is one draw of chance, and logs of two steps are few numbers), see `compare`. Longer runs:
+test_training_curves.py.
 
-TRL 1.15 runs a Triton kernel for the fused head even on CPU tensors, so that stock fails there ("0 active drivers"). A
-plain torch function of the same arguments takes its place then: stock, turbo and this test see it as TRL's own. On a
-GPU, TRL hands the head labelled rows alone; 1.16 hands it all rows elsewhere. Tests of a trained head try both.
+On a GPU, TRL hands the head labelled rows alone; 1.16 hands it all rows elsewhere. Tests of a trained head try both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +19,7 @@ import trl.trainer.utils
 from datasets import Dataset
 from hf_turbo.patches import trl as trl_patches
 from peft import LoraConfig
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -40,71 +34,28 @@ from trl import (
 )
 
 import hf_turbo
-from tests.models import VOCABULARY, tiny_model
-
-FACTOR = 5
-
-
-class PlainLogProb:
-    """TRL's ChunkedLogProbFunction in plain torch, differentiated by autograd."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Any,
-        weight: Any,
-        bias: Any,
-        targets: Any,
-        temperature: Any,
-        chunk_size: Any,
-        final_logit_softcapping: Any = None,
-        logit_scale: Any = 1.0,
-        outputs: Any = (),
-    ) -> None:
-        """Only its signature is looked at."""
-
-    @staticmethod
-    def apply(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        temperature: float,
-        chunk_size: int,
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
-    ) -> tuple[torch.Tensor | None, ...]:
-        logits = torch.nn.functional.linear(hidden, weight, bias).float() * logit_scale
-        if final_logit_softcapping is not None:
-            logits = torch.tanh(logits / final_logit_softcapping) * final_logit_softcapping
-        log_probs = (logits / temperature).log_softmax(-1)
-        extras = {
-            "entropy": -(log_probs.exp() * log_probs).sum(-1),
-            "log_sum_sq_probs": (2 * log_probs).logsumexp(-1).detach(),
-            "mean_logits": logits.mean(-1).detach() / temperature,
-            "is_top1": log_probs.argmax(-1) == targets,
-        }
-        chosen = log_probs.gather(-1, targets[:, None]).squeeze(-1)
-        return chosen, *(extras[name] if name in outputs else None for name in extras)
+from tests.models import tiny_model
+from tests.training import (
+    COMPLETIONS,
+    JUDGED,
+    PREFERENCES,
+    PROMPTS,
+    PlainLogProb,
+    Run,
+    arguments,
+    compare,
+    distinct_words,
+    fused_head_on_cpu,
+    one_thread,
+    tokenizer,
+)
 
 
 @pytest.fixture(autouse=True)
-def fused_head_on_cpu(monkeypatch):
-    """See the module."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        trl.trainer.utils._ChunkedLogProbFunction.apply(
-            torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8
-        )
-    except RuntimeError as error:
-        if "0 active drivers" not in str(error):
-            raise
-        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", PlainLogProb)
-    yield
-    hf_turbo.disable()
-    torch.set_num_threads(threads)
+def on_cpu():
+    with one_thread(), fused_head_on_cpu():
+        yield
+        hf_turbo.disable()
 
 
 @pytest.fixture(params=["as here", "as on a GPU"])
@@ -136,44 +87,7 @@ def seam_calls(monkeypatch):
     return calls
 
 
-# ------------------------------------------------------------------------------------------------ data and trainers
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(3, VOCABULARY))]
-    vocabulary = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    vocabulary.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="<eos>")
-
-
-def words(row: int, step: int) -> str:
-    """3 to 7 words."""
-    return " ".join(f"w{3 + (5 * row + step * i) % (VOCABULARY - 3)}" for i in range(3 + row % 5))
-
-
-PREFERENCES = [{"prompt": words(i, 7), "chosen": " " + words(i, 5), "rejected": " " + words(i, 3)} for i in range(8)]
-COMPLETIONS = [{"prompt": words(i, 7), "completion": " " + words(i, 5)} for i in range(8)]
-JUDGED = [{**row, "label": i % 2 == 0} for i, row in enumerate(COMPLETIONS)]
-PROMPTS = [{"prompt": words(i, 7)} for i in range(8)]
-
-
-def arguments(folder: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        **more,
-    }
+# ------------------------------------------------------------------------------------------------ trainers
 
 
 def make_dpo(folder: Path) -> Trainer:
@@ -194,10 +108,6 @@ def make_reward(folder: Path) -> Trainer:
     model = LlamaForSequenceClassification(config).train()
     args = RewardConfig(**arguments(folder))
     return RewardTrainer(model, args, train_dataset=Dataset.from_list(PREFERENCES), processing_class=tokenizer())
-
-
-def distinct_words(completions: list[str], **kwargs: Any) -> list[float]:
-    return [float(len(set(completion.split()))) + 0.1 * len(completion) for completion in completions]
 
 
 def make_grpo(folder: Path) -> Trainer:
@@ -225,62 +135,6 @@ def make_sft(
         processing_class=tokenizer(),
         peft_config=peft,
     )
-
-
-# ------------------------------------------------------------------------------------------------ the rule
-
-
-class Run:
-    """Logs, and the change of every trained weight."""
-
-    def __init__(self, make: Callable[[Path], Trainer], folder: Path, turbo: bool = False, roundoffs: int = 0):
-        set_seed(0)
-        trainer = make(folder)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in trainer.model.parameters():
-                signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
-                parameter.mul_(1 + roundoffs * torch.finfo(torch.float32).eps / 2 * signs)
-        trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
-        before = {name: p.detach().double().clone() for name, p in trained.items()}
-        set_seed(0)
-        with hf_turbo.session(report=False) if turbo else nullcontext() as report:
-            trainer.train()
-        self.patched = {row.role: row.patched for row in report.rows} if turbo else {}
-        self.logs = trainer.state.log_history
-        self.norms = {name: p.detach().double().norm().item() for name, p in trained.items()}
-        self.updates = {name: p.detach().double() - before[name] for name, p in trained.items()}
-
-    def logged(self, name: str) -> torch.Tensor:
-        return torch.tensor([log[name] for log in self.logs if name in log]).double()
-
-
-def compare(make: Callable[[Path], Trainer], folder: Path) -> Run:
-    """Applies the rule of the module; returns turbo's run."""
-    stock = Run(make, folder / "stock")
-    perturbed = Run(make, folder / "perturbed", roundoffs=1)
-    turbo = Run(make, folder / "turbo", turbo=True)
-    eps, failures = torch.finfo(torch.float32).eps, []
-
-    def check(name: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, scale: float) -> None:
-        turbo_distance, noise = (a - c).norm().item(), (a - b).norm().item()
-        if not turbo_distance <= FACTOR * noise + eps * scale:
-            failures.append(f"{name}: {turbo_distance:.3e} from stock, perturbed stock {noise:.3e}")
-
-    assert len(turbo.logs) == len(stock.logs)
-    for ours, theirs in zip(turbo.logs, stock.logs, strict=True):
-        assert [name for name in ours if not name.startswith("turbo/")] == list(theirs)
-    names = {name for log in stock.logs for name in log}
-    log_probs = max((stock.logged(name).norm().item() for name in names if "logps" in name), default=0.0)
-    for name in names:
-        if not any(part in name for part in ("runtime", "per_second", "step_time", "profiling")):
-            a, b, c = (run.logged(name) for run in (stock, perturbed, turbo))
-            check(name, a, b, c, max(a.norm().item(), log_probs))
-    for name, update in stock.updates.items():
-        check(f"update of {name}", update, perturbed.updates[name], turbo.updates[name], stock.norms[name])
-    assert any(update.norm() > 0 for update in stock.updates.values()), "nothing was trained: nothing was tested"
-    assert not failures, "\n".join(sorted(failures))
-    return turbo
 
 
 # ------------------------------------------------------------------------------------------------ tests
@@ -354,7 +208,7 @@ def test_sft_subclass_with_a_loss_of_its_own(seam_calls, tmp_path):
 def test_sft_with_a_frozen_head(loss_type, seam_calls, tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_dropout=0.0, task_type="CAUSAL_LM")
     turbo = compare(lambda folder: make_sft(folder, peft=lora, loss_type=loss_type), tmp_path)
-    assert turbo.patched == {"norms": 5, "mlp": 2, "rope": 2, "loss": 1}
+    assert turbo.patched == {"norms": 5, "mlp": 2, "rope": 2, "lora": 4, "loss": 1}
     assert len(seam_calls) == 2
 
 

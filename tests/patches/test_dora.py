@@ -22,6 +22,8 @@ import hf_turbo
 from tests.models import Float64Mode, batch, loss_and_gradients, tiny_model
 from tests.patches.test_parity import Errors, assert_rule, run, squared_errors
 
+pytestmark = pytest.mark.newest
+
 PRECISIONS = ("fp32", "bf16", "bf16-all", "autocast")
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of bitsandbytes
 FAMILIES = ("llama", "qwen2")  # without biases, and with

@@ -13,6 +13,8 @@ from hf_turbo.patches.host_memory import STAYING, HostStore, Saved, fills_its_st
 
 from tests.patches.late_copies import LateCopies
 
+pytestmark = pytest.mark.newest
+
 
 class Setting:
     def __init__(self, budget: int = 2**40):

@@ -37,6 +37,8 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
 
+pytestmark = pytest.mark.newest
+
 DRAWS = 10
 BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of bitsandbytes

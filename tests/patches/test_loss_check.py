@@ -13,6 +13,8 @@ from transformers import Trainer, TrainingArguments
 import hf_turbo
 from tests.models import batch, tiny_model
 
+pytestmark = pytest.mark.newest
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

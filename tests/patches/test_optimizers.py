@@ -22,6 +22,8 @@ from transformers import Trainer, TrainingArguments
 import hf_turbo
 from tests.models import batch, tiny_model
 
+pytestmark = pytest.mark.newest
+
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 MAKERS: dict[str, Callable[..., Any]] = {
