@@ -41,3 +41,6 @@ if __name__ == "__main__":
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=RandomTokens(16, 16, config.vocab_size))
     trainer.train()
+    # Without it gloo's threads may outlive the interpreter, which ends a process of torchrun with SIGABRT now and then
+    # (pytorch/pytorch#190489), with and without hf_turbo.
+    trainer.accelerator.end_training()
