@@ -7,7 +7,7 @@ say how far rounding errors carry; turbo may be a small multiple of that away fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -182,14 +182,16 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).square().mean().sqrt().item()
 
 
-def perturb(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def perturb(model: nn.Module, dtype: torch.dtype | None = None, seed: int = 1) -> None:
     """Every weight off by one unit roundoff of `dtype`, or else of its own type, up or down; quantised ones stay."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
-                parameter.mul_(1 + torch.finfo(dtype or parameter.dtype).eps / 2 * signs)
+                # In fp64: in fp32, 1 + eps / 2 is 1, and every second weight would stay.
+                factor = 1 + torch.finfo(dtype or parameter.dtype).eps / 2 * signs.double()
+                parameter.copy_(parameter.double() * factor)
 
 
 Probe = Callable[[Trainer], dict[str, torch.Tensor]]
@@ -198,8 +200,8 @@ Probe = Callable[[Trainer], dict[str, torch.Tensor]]
 class Run:
     """One training run: its logs, the change of every trained weight, and what `probe` saw at its end.
 
-    `probe` gets the trainer while turbo is still on and returns named tensors; `precision` is that of a unit roundoff,
-    where not of the weights.
+    `perturbed` is the seed of a perturbation, 0 for none; `precision` is that of its unit roundoff, where not of the
+    weights. `probe` gets the trainer while turbo is still on and returns named tensors.
     """
 
     def __init__(
@@ -208,7 +210,7 @@ class Run:
         folder: Path,
         *,
         turbo: bool = False,
-        perturbed: bool = False,
+        perturbed: int = 0,
         precision: torch.dtype | None = None,
         probe: Probe | None = None,
         resume: Path | None = None,
@@ -216,7 +218,7 @@ class Run:
         set_seed(0)
         trainer = make(folder)
         if perturbed:
-            perturb(trainer.model, precision)
+            perturb(trainer.model, precision, perturbed)
         trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         before = {name: p.detach().double().clone() for name, p in trained.items()}
         set_seed(0)
@@ -235,18 +237,21 @@ class Run:
         return torch.tensor([log[name] for log in self.logs if name in log and log["step"] > after]).double()
 
 
-def assert_close(stock: Run, perturbed: Run, turbo: Run, factor: float, after: int = 0) -> None:
-    """Turbo is at most `factor` times as far from stock as perturbed stock is.
+def assert_close(stock: Run, perturbed: Sequence[Run], turbo: Run, factor: float, after: int = 0) -> None:
+    """Turbo is at most `factor` times as far from stock as perturbed stock is, plus one unit in the last place.
 
     In every number logged after a step, in the update of every trained weight, and in every tensor of the probe;
-    integers are equal. Noise of less than one unit in the last place cannot be told from none: perturbed stock counts
-    as that far at least. The last place is that of the weight, or of the log-probabilities a logged number is from.
+    integers are equal. The distance of several perturbed runs is their root mean square. The last place is that of the
+    weight, or of the log-probabilities a logged number is from. The mean of the logged losses, `train_loss`, is
+    compared with those of its own run.
     """
     failures = []
 
-    def check(name: str, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, floor: float) -> None:
-        turbo_distance, noise = (a - c).norm().item(), (a - b).norm().item()
-        if not turbo_distance <= factor * max(noise, floor):
+    def check(name: str, of: Callable[[Run], torch.Tensor], floor: float) -> None:
+        a = of(stock).double()
+        turbo_distance = (a - of(turbo).double()).norm().item()
+        noise = torch.stack([(a - of(run).double()).norm() for run in perturbed]).square().mean().sqrt().item()
+        if not turbo_distance <= factor * noise + floor:
             failures.append(f"{name}: {turbo_distance:.3e} from stock, perturbed stock {noise:.3e}")
 
     assert len(turbo.logs) == len(stock.logs)
@@ -255,33 +260,34 @@ def assert_close(stock: Run, perturbed: Run, turbo: Run, factor: float, after: i
         # A resumed run has read the earlier logs from a file, with sorted names.
         assert names[0] == names[1] if not after else set(names[0]) == set(names[1])
     for name in {"loss", "train_loss", "eval_loss"} & {name for log in stock.logs for name in log}:
-        a, b = stock.logged(name), perturbed.logged(name)
-        assert (a - b).norm() <= 0.01 * a.norm(), "rounding errors do not carry that far: these are different runs"
+        a = stock.logged(name)
+        for run in perturbed:
+            assert (a - run.logged(name)).norm() <= 0.01 * a.norm(), "roundings do not carry that far: different runs"
     eps = torch.finfo(torch.float32).eps
     names = {name for log in stock.logs for name in log if not name.startswith("turbo/")}
-    if after:
-        names.remove("train_loss")  # of a resumed run: of its own steps alone
+    if "train_loss" in names:
+        names.remove("train_loss")
+        for run in () if after else (stock, turbo):  # of a resumed run: the mean of its own steps alone
+            torch.testing.assert_close(run.logged("train_loss"), run.logged("loss").mean()[None])
     log_probs = max((stock.logged(name).norm().item() for name in names if "logps" in name), default=0.0)
     for name in names:
         if not any(part in name for part in ("runtime", "per_second", "step_time", "profiling")):
-            a, b, c = (run.logged(name, after) for run in (stock, perturbed, turbo))
-            floor = eps * max(a.norm().item(), log_probs)
-            if name == "train_loss":  # one number, the mean of many: its noise alone would be left to chance
-                floor = max(floor, distance(stock.logged("loss"), perturbed.logged("loss")))
-            check(name, a, b, c, floor)
+            floor = eps * max(stock.logged(name, after).norm().item(), log_probs)
+            check(name, lambda run, name=name: run.logged(name, after), floor)
     assert turbo.updates.keys() == stock.updates.keys()
-    for name, update in stock.updates.items():
-        check(f"update of {name}", update, perturbed.updates[name], turbo.updates[name], stock.spacing[name].item())
+    for name in stock.updates:
+        check(f"update of {name}", lambda run, name=name: run.updates[name], stock.spacing[name].item())
     assert any(update.norm() > 0 for update in stock.updates.values()), "nothing was trained: nothing was tested"
     assert turbo.tensors.keys() == stock.tensors.keys()
-    for name in stock.tensors:
-        a, b, c = (run.tensors[name] for run in (stock, perturbed, turbo))
+    for name, a in stock.tensors.items():
+        c = turbo.tensors[name]
         assert (a.dtype, a.shape) == (c.dtype, c.shape), name
         if a.is_floating_point():
             floor = torch.finfo(a.dtype).eps * a.double().norm().item()
-            check(name, a.double(), b.double(), c.double(), floor)
+            check(name, lambda run, name=name: run.tensors[name], floor)
         elif not torch.equal(a, c):
-            failures.append(f"{name}: {(a != c).sum()} integers of {a.numel()} differ, perturbed {(a != b).sum()}")
+            changed = [(a != run.tensors[name]).sum().item() for run in perturbed]
+            failures.append(f"{name}: {(a != c).sum()} integers of {a.numel()} differ, perturbed {changed}")
     assert not failures, "\n".join(sorted(failures))
 
 
@@ -294,11 +300,22 @@ def compare(
 ) -> Run:
     """Trains three times and applies the rule of `assert_close`; a factor of 5 is for runs of a few steps.
 
+    One perturbed run is one draw of chance, and of few numbers: the losses of two steps may be the same bits. Where it
+    does not show what a rounding error does, three more are made.
+
     Returns:
-        Turbo's run. The runs are in folder/stock, folder/perturbed and folder/turbo.
+        Turbo's run. The runs are in folder/stock, folder/turbo and folder/perturbed-1.
     """
     stock = Run(make, folder / "stock", probe=probe)
-    perturbed = Run(make, folder / "perturbed", perturbed=True, precision=precision, probe=probe)
     turbo = Run(make, folder / "turbo", turbo=True, probe=probe)
-    assert_close(stock, perturbed, turbo, factor)
+
+    def draw(seed: int) -> Run:
+        return Run(make, folder / f"perturbed-{seed}", perturbed=seed, precision=precision, probe=probe)
+
+    perturbed = [draw(1)]
+    try:
+        assert_close(stock, perturbed, turbo, factor)
+    except AssertionError:
+        perturbed += [draw(seed) for seed in (2, 3, 4)]
+        assert_close(stock, perturbed, turbo, factor)
     return turbo
