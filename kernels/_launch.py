@@ -47,6 +47,10 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
     return op
 
 
+def no_output(*_: Any) -> None:
+    """`fake` of an op that fills its arguments."""
+
+
 def use_triton(tensor: torch.Tensor) -> bool:
     """Whether ops on `tensor` launch Triton; otherwise they compute the torch reference.
 
@@ -56,8 +60,32 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return on_device and tensor.dtype != torch.float64
 
 
-# Compiled kernels, by all that Triton compiles them for; each with the values of its constexpr parameters in order.
-_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+class _Compiled(NamedTuple):
+    """A kernel compiled for some arguments, the values of its constexpr parameters, and what launches it, by grid."""
+
+    kernel: Any
+    constants: list[Any]
+    runners: dict[tuple[int, ...], Callable[..., None]]
+
+
+# By all that Triton compiles a kernel for.
+_COMPILED: dict[tuple[Any, ...], _Compiled] = {}
+
+
+class _IntegerKinds(dict[int, int]):
+    """What Triton compiles for of an integer: divisibility by 16, being 1, its size. Looked up faster than made."""
+
+    _MOST = 2**16
+
+    def __missing__(self, integer: int) -> int:
+        if len(self) >= self._MOST:  # seeds of dropout are new at every call
+            self.clear()
+        kind = self[integer] = (not integer & 15) | (integer == 1) << 1 | (integer >> 31 != 0) << 2
+        return kind
+
+
+_INTEGER_KINDS = _IntegerKinds()
+_MOST_RUNNERS = 256  # batches of varying lengths have many grids
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
@@ -78,22 +106,30 @@ def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any,
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, meta: dict[str, Any]) -> None:
-    key: list[Any] = [id(kernel), device.index, *meta.values()]
+    index = device.index
+    key: list[Any] = [id(kernel), index, *meta.values()]
     for arg in args:
-        if isinstance(arg, int):
-            key.append((not arg & 15) | (arg == 1) << 1 | (arg >> 31 != 0) << 2)
+        kind = type(arg)
+        if kind is int:
+            key.append(_INTEGER_KINDS[arg])
         elif isinstance(arg, torch.Tensor):
             key += (arg.dtype, arg.data_ptr() & 15)
         else:
-            key.append(type(arg))
+            key.append(kind)
     signature = tuple(key)
-    known = _COMPILED.get(signature)
-    if known is None:
-        compiled = kernel[grid](*args, enable_fp_fusion=True, **meta)
-        _COMPILED[signature] = (compiled, [meta[name] for name in kernel.arg_names[len(args) :]])
-    else:
-        compiled, constants = known
-        compiled[(*grid, 1, 1)[:3]](*args, *constants)
+    compiled = _COMPILED.get(signature)
+    if compiled is None:
+        function = kernel[grid](*args, enable_fp_fusion=True, **meta)
+        constants = [meta[name] for name in kernel.arg_names[len(args) :]]
+        _COMPILED[signature] = _Compiled(function, constants, {})
+        return
+    runner = compiled.runners.get(grid)
+    if runner is None:
+        if len(compiled.runners) >= _MOST_RUNNERS:
+            compiled.runners.clear()
+        runner = compiled.runners[grid] = compiled.kernel[(*grid, 1, 1)[:3]]
+    # Without a stream it would look up the current device first.
+    runner(*args, *compiled.constants, stream=torch._C._cuda_getCurrentRawStream(index))
 
 
 def cdiv(a: int, b: int) -> int:
