@@ -41,7 +41,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import INTERPRET, cdiv, launch, register_op, use_triton
+from ._launch import INTERPRET, cdiv, launch, no_output, register_op, use_triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -225,18 +225,27 @@ def _pitch_of(y: torch.Tensor, vector: int) -> tuple[int, int] | None:
     return y.stride(0) // unit, unit
 
 
+# In the ops the fields of `nested` are arguments of their own; all or none of the tensors are None.
+
+
 def _fill_4bit(
     packed: torch.Tensor,
     absmax: torch.Tensor,
     code: torch.Tensor,
     blocksize: int,
-    nested: Nested | None,
+    nested_code: torch.Tensor | None,
+    nested_absmax: torch.Tensor | None,
+    nested_offset: torch.Tensor | None,
+    nested_blocksize: int,
     y: torch.Tensor,
 ) -> None:
     n = y.numel()
     if n == 0:
         return
     if not use_triton(packed):
+        nested = None
+        if nested_code is not None and nested_absmax is not None and nested_offset is not None:
+            nested = Nested(nested_code, nested_absmax, nested_offset, nested_blocksize)
         _reference_4bit(packed, absmax, code, blocksize, nested, y)
         return
     vector = 16 // y.itemsize
@@ -245,7 +254,9 @@ def _fill_4bit(
         rows = _pitch_of(y, vector)
         if rows is None or y.shape[1] % vector:
             dense = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-            _fill_4bit(packed, absmax, code, blocksize, nested, dense)
+            _fill_4bit(
+                packed, absmax, code, blocksize, nested_code, nested_absmax, nested_offset, nested_blocksize, dense
+            )
             y.copy_(dense)
             return
         width, (pitch, unit) = y.shape[1], rows
@@ -256,9 +267,9 @@ def _fill_4bit(
         packed,
         absmax,
         code,
-        None if nested is None else nested.code,
-        None if nested is None else nested.absmax,
-        None if nested is None else nested.offset,
+        nested_code,
+        nested_absmax,
+        nested_offset,
         y,
         n,
         pitch,
@@ -266,7 +277,7 @@ def _fill_4bit(
         UNIT=unit,
         WHOLE=n % vector == 0,
         BLOCKSIZE=blocksize,
-        NESTED_BLOCKSIZE=1 if nested is None else nested.blocksize,
+        NESTED_BLOCKSIZE=nested_blocksize,
         VECTOR=vector,
         VECTORS=_VECTORS,
         num_warps=_WARPS,
@@ -306,17 +317,6 @@ def _fill_int8(weight: torch.Tensor, scale: torch.Tensor, scale_first: bool, y: 
     )
 
 
-# In the ops the fields of `nested` are arguments of their own; all or none of the tensors are None.
-
-
-def _nested_of(
-    code: torch.Tensor | None, absmax: torch.Tensor | None, offset: torch.Tensor | None, blocksize: int
-) -> Nested | None:
-    if code is None or absmax is None or offset is None:
-        return None
-    return Nested(code, absmax, offset, blocksize)
-
-
 def _empty_4bit(
     packed: torch.Tensor,
     absmax: torch.Tensor,
@@ -345,24 +345,8 @@ def _4bit(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     y = torch.empty(shape, dtype=dtype, device=packed.device)
-    nested = _nested_of(nested_code, nested_absmax, nested_offset, nested_blocksize)
-    _fill_4bit(packed, absmax, code, blocksize, nested, y)
+    _fill_4bit(packed, absmax, code, blocksize, nested_code, nested_absmax, nested_offset, nested_blocksize, y)
     return y
-
-
-def _4bit_out(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    blocksize: int,
-    nested_code: torch.Tensor | None,
-    nested_absmax: torch.Tensor | None,
-    nested_offset: torch.Tensor | None,
-    nested_blocksize: int,
-    out: torch.Tensor,
-) -> None:
-    nested = _nested_of(nested_code, nested_absmax, nested_offset, nested_blocksize)
-    _fill_4bit(packed, absmax, code, blocksize, nested, out)
 
 
 def _empty_int8(weight: torch.Tensor, scale: torch.Tensor, scale_first: bool, dtype: torch.dtype) -> torch.Tensor:
@@ -375,10 +359,6 @@ def _int8(weight: torch.Tensor, scale: torch.Tensor, scale_first: bool, dtype: t
     return y
 
 
-def _fake_out(*args: object) -> None:
-    return None
-
-
 _dequantize_4bit = register_op(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor code, int blocksize, Tensor? nested_code, "
     "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, SymInt[] shape, ScalarType dtype) -> Tensor",
@@ -388,14 +368,14 @@ _dequantize_4bit = register_op(
 _dequantize_4bit_out = register_op(
     "dequantize_4bit_out(Tensor packed, Tensor absmax, Tensor code, int blocksize, Tensor? nested_code, "
     "Tensor? nested_absmax, Tensor? nested_offset, int nested_blocksize, Tensor(a!) out) -> ()",
-    _4bit_out,
-    _fake_out,
+    _fill_4bit,
+    no_output,
 )
 _dequantize_int8 = register_op(
     "dequantize_int8(Tensor weight, Tensor scale, bool scale_first, ScalarType dtype) -> Tensor", _int8, _empty_int8
 )
 _dequantize_int8_out = register_op(
-    "dequantize_int8_out(Tensor weight, Tensor scale, bool scale_first, Tensor(a!) out) -> ()", _fill_int8, _fake_out
+    "dequantize_int8_out(Tensor weight, Tensor scale, bool scale_first, Tensor(a!) out) -> ()", _fill_int8, no_output
 )
 
 

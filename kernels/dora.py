@@ -32,7 +32,7 @@ gradients by the chain rule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,20 +43,20 @@ from torch.autograd.function import once_differentiable
 from ._launch import cdiv, launch, multiprocessors, register_op, use_triton
 from .lora import (
     MAX_RANK_BLOCK,
-    Adapters,
     Projection,
+    Static,
+    adapter_gradients,
     add_input_gradient,
     add_low_rank,
     check,
     dense,
-    gather_adapters,
     linear,
     low_rank_add_,
     low_rank_gradients,
     low_rank_inputs,
-    product,
     rank_block,
     static_of,
+    tensors_of,
 )
 from .rms_norm import sum_partials
 
@@ -484,97 +484,123 @@ _dora_backward = register_op(
 
 class _DoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, static: Any, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        weights, biases, a, b, m = (tensors[i::5] for i in range(5))
+    def forward(ctx: Any, x: torch.Tensor, static: Static, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        count, layout = len(static.weights), static.layout
+        biases, a, b, m = (tensors[i * count : (i + 1) * count] for i in range(4))
+        (stack,) = layout.stacks
         ctx.set_materialize_grads(False)
-        ctx.static, ctx.shape = static, x.shape
-        ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        ctx.static, ctx.shape, ctx.versions = static, x.shape, static.versions()
         x = x.reshape(-1, x.shape[-1])
-        adapters = gather_adapters(a, b, static.low)
-        none = [0] * len(weights)
-        s = low_rank_inputs(x, adapters, static.scaling, none, none)
+        gathered = layout.gather(a, b)
+        (adapters,) = layout.adapters(gathered)
+        s = low_rank_inputs(x, adapters, ())
+        need_m = ctx.needs_input_grad[2 + 3 * count :]
         outputs, bases, norms = [], [], []
-        for i, (weight, expand, a_i, b_i, m_i) in enumerate(zip(weights, static.expand, a, b, m, strict=True)):
-            assert weight is not None
+        for i, (weight, expand, m_i) in enumerate(zip(static.weights, static.expand, m, strict=True)):
             full = dense(weight, expand, x.dtype, False)
             base = n = None
-            if m_i is not None and a_i is not None and b_i is not None:
+            each, b_i = stack.columns[i], adapters.b[i]
+            if m_i is not None and b_i is not None:
                 assert s is not None
                 assert adapters.a is not None
                 # Packed weights are expanded once for both; dense ones are not cast for the norms.
                 wide = weight if expand is None else full
-                n = dora_norms(wide, adapters.a[adapters.columns[i]], adapters.b[i], static.scaling[i])
+                n = dora_norms(wide, adapters.a[each], b_i, stack.scaling[i])
                 base = linear(x, full, None, x.dtype)
-                y = _dora(base, s[:, adapters.columns[i]], adapters.b[i], m_i, n, biases[i], static.out)
+                y = _dora(base, s[:, each], b_i, m_i, n, biases[i], static.out)
             else:
                 y = linear(x, full, biases[i], static.out)
                 if b_i is not None:
                     assert s is not None
-                    low_rank_add_(y, s[:, adapters.columns[i]], adapters.b[i], 0.0, 0)
+                    low_rank_add_(y, s[:, each], b_i, 0.0, 0)
             del full
             outputs.append(y.view(*ctx.shape[:-1], y.shape[-1]))
-            bases.append(base if ctx.needs_input_grad[2 + 5 * i + 4] else None)
+            bases.append(base if need_m[i] else None)
             norms.append(n)
-        ctx.columns = adapters.columns
-        ctx.save_for_backward(x, s, adapters.a, *weights, *adapters.b, *m, *norms, *bases)
+        ctx.save_for_backward(x, s, *m, *norms, *bases, *gathered)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> tuple[Any, ...]:
         static, count = ctx.static, len(output_gradients)
-        x, s, a, *rest = ctx.saved_tensors
-        weights, b, m, norms, bases = (rest[i * count : (i + 1) * count] for i in range(5))
-        adapters = Adapters(a, b, ctx.columns)
+        static.check(ctx.versions)
+        x, s, *rest = ctx.saved_tensors
+        m, norms, bases = (rest[i * count : (i + 1) * count] for i in range(3))
+        (adapters,) = static.layout.adapters(rest[3 * count :])
+        b, stack = adapters.b, adapters.stack
         need_x, _, *need = ctx.needs_input_grad
-        gradients: list[torch.Tensor | None] = [None] * (5 * count)
-        dx, ds = None, None
-        if s is not None:
+        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need[: 3 * count], strict=True)]
+        gradients: list[torch.Tensor | None] = [None] * (4 * count)
+        dx = ds = None
+        if s is not None and (need_x or any(need[count : 2 * count])):
             ds = (torch.empty_like if None not in output_gradients else torch.zeros_like)(s)
         for i, dy in enumerate(output_gradients):
             if dy is None:
+                dtypes[count + i] = None
                 continue
             dy = dy.reshape(-1, dy.shape[-1])
-            _, need_bias, need_a, need_b, need_m = need[5 * i : 5 * i + 5]
-            need_low = need_a or need_b or (need_x and b[i] is not None)
-            if need_bias:
-                gradients[5 * i + 1] = dy.sum(0, dtype=ctx.dtypes[5 * i + 1])
-            each = ctx.columns[i]
+            b_i, b_dtype, each = b[i], dtypes[2 * count + i], stack.columns[i]
+            need_low = b_i is not None and (ds is not None or b_dtype is not None)
+            if dtypes[i] is not None:
+                gradients[i] = dy.sum(0, dtype=dtypes[i])
             if m[i] is None:
-                du = dy.to(x.dtype)
-                low = du.to(static.low)
+                low = du = dy.to(x.dtype)
             else:
                 # du rounds to the dtype of the products with W; the low-rank ones may have more bits.
                 du_dtype = x.dtype if need_x else None
                 low_dtype = static.low if need_low and du_dtype != static.low else None
-                du, low, dm = _dora_backward(dy, bases[i], s[:, each], b[i], m[i], norms[i], du_dtype, low_dtype)
+                du, low, dm = _dora_backward(dy, bases[i], s[:, each], b_i, m[i], norms[i], du_dtype, low_dtype)
                 if low_dtype is None:
                     low = du
-                gradients[5 * i + 4] = dm if need_m else None
-            if b[i] is not None:
-                assert s is not None
-                assert ds is not None
-                ds_i = ds[:, each]
-                if need_a or need_x:
-                    torch.addmm(ds_i, low, b[i], beta=0, alpha=static.scaling[i], out=ds_i)
-                if need_b:
-                    gradients[5 * i + 3] = product(low.t(), s[:, each], ctx.dtypes[5 * i + 3])
+                gradients[3 * count + i] = dm if need[3 * count + i] else None
+            if need_low:
+                ds_i = None if ds is None else ds[:, each]
+                gradients[2 * count + i] = adapter_gradients(low, s[:, each], b_i, stack.scaling[i], ds_i, b_dtype)
             del low
             if need_x:
-                full = dense(weights[i], static.expand[i], x.dtype, True)
+                full = dense(static.weights[i], static.expand[i], x.dtype, True)
                 dx = torch.mm(du, full) if dx is None else dx.addmm_(du, full)
                 del full
         if ds is not None:
-            dtypes = [
-                ctx.dtypes[5 * i + 2] if need[5 * i + 2] and dy is not None else None
-                for i, dy in enumerate(output_gradients)
-            ]
-            none = [0] * count
-            if any(dtypes):
-                gradients[2::5] = low_rank_gradients(x, ds, dtypes, ctx.columns, none, none)
+            wanted, none = dtypes[count : 2 * count], (0,) * count
+            if any(wanted):
+                gradients[count : 2 * count] = low_rank_gradients(x, ds, wanted, stack, none)
             if dx is not None:
-                add_input_gradient(dx, ds, adapters, none, none)
+                add_input_gradient(dx, ds, adapters, none)
         return None if dx is None else dx.view(ctx.shape), None, *gradients
+
+
+def dora_linears_of(
+    width: int,
+    dtype: torch.dtype,
+    projections: Sequence[Projection],
+    magnitudes: Sequence[torch.Tensor | None],
+    low: torch.dtype | None,
+    out: torch.dtype | None,
+) -> Callable[[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """`dora_linears` of inputs of one width and dtype: checked once, called many times."""
+    if not 1 <= len(projections) <= 3:
+        raise ValueError(f"between one and three projections, got {len(projections)}")
+    if len(magnitudes) != len(projections):
+        raise ValueError(f"{len(projections)} projections and {len(magnitudes)} magnitudes")
+    for projection, magnitude in zip(projections, magnitudes, strict=True):
+        check(width, projection)
+        if projection.dropout:
+            raise ValueError("DoRA with dropout computes something else")
+        if magnitude is None:
+            continue
+        if projection.b is None:
+            raise ValueError("a magnitude needs an adapter")
+        if magnitude.shape != projection.b.shape[:1]:
+            raise ValueError(f"magnitude must be [{projection.b.shape[0]}], got {list(magnitude.shape)}")
+    static, tensors = static_of(dtype, projections, low, out), tensors_of(projections)
+
+    def linears(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dense_magnitudes = (m if m is None or m.is_contiguous() else m.contiguous() for m in magnitudes)
+        return _DoRALinears.apply(x, static, *tensors, *dense_magnitudes)
+
+    return linears
 
 
 def dora_linears(
@@ -596,22 +622,4 @@ def dora_linears(
     Returns:
         One [..., N_i] for each.
     """
-    if not 1 <= len(projections) <= 3:
-        raise ValueError(f"between one and three projections, got {len(projections)}")
-    if len(magnitudes) != len(projections):
-        raise ValueError(f"{len(projections)} projections and {len(magnitudes)} magnitudes")
-    tensors: list[torch.Tensor | None] = []
-    for projection, magnitude in zip(projections, magnitudes, strict=True):
-        check(x.shape[-1], projection)
-        if projection.dropout:
-            raise ValueError("DoRA with dropout computes something else")
-        if magnitude is not None:
-            if projection.b is None:
-                raise ValueError("a magnitude needs an adapter")
-            if magnitude.shape != projection.b.shape[:1]:
-                raise ValueError(f"magnitude must be [{projection.b.shape[0]}], got {list(magnitude.shape)}")
-            if not magnitude.is_contiguous():
-                magnitude = magnitude.contiguous()
-        bias = projection.bias
-        tensors += [projection.weight, bias, projection.a, projection.b, magnitude]
-    return _DoRALinears.apply(x, static_of(x.dtype, projections, low, out), *tensors)
+    return dora_linears_of(x.shape[-1], x.dtype, projections, magnitudes, low, out)(x)

@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, launch, register_op, use_triton
+from ._launch import cdiv, launch, no_output, register_op, use_triton
 
 # The dense weight [N, K] from the packed one, its dtype, and whether it is for a gradient.
 Expand = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
@@ -302,10 +302,6 @@ def _add(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, dropout: float, seed
     )
 
 
-def _no_output(*_: Any) -> None:
-    return None
-
-
 def _empty_dropout(x: torch.Tensor, dropout: float, seed: int) -> torch.Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -364,7 +360,7 @@ def _pack(tensors: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 low_rank_add_ = register_op(
-    "low_rank_add_(Tensor(a!) y, Tensor s, Tensor b, float dropout, int seed) -> ()", _add, _no_output
+    "low_rank_add_(Tensor(a!) y, Tensor s, Tensor b, float dropout, int seed) -> ()", _add, no_output
 )
 _lora_dropout = register_op("lora_dropout(Tensor x, float dropout, int seed) -> Tensor", _dropout, _empty_dropout)
 _lora_pack = register_op(
@@ -402,78 +398,176 @@ def draw_seed(device: torch.device) -> int:
     return int(torch.randint(2**31 - 1, ()).item())
 
 
-class Adapters(NamedTuple):
-    """The adapters of several projections in one dtype.
+class Stack(NamedTuple):
+    """The adapters of projections on one input, without their tensors.
 
     Attributes:
-        a: all A_i, one above the other, [sum r_i, K].
+        columns: where the ranks of projection i are among those of all, as slices; empty where it has no adapter.
+        scaling, dropout: as in Projection.
+        together: the scaling, where one product with the input makes all S_i; None where each has its own.
+    """
+
+    columns: tuple[slice, ...]
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+    together: float | None
+
+
+class Adapters(NamedTuple):
+    """The adapters of projections on one input, in one dtype.
+
+    Attributes:
+        a: all A_i, one above the other, [sum r_i, K]; None where there are no adapters.
         b: the B_i, each [N_i, r_i]; None where there is no adapter.
-        columns: where the ranks of projection i are, as slices.
+        stack: the rest.
     """
 
     a: torch.Tensor | None
     b: list[torch.Tensor | None]
-    columns: list[slice]
+    stack: Stack
 
 
-def gather_adapters(a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None], dtype: torch.dtype) -> Adapters:
-    """Casts and stacks, in one launch, what is not as it should be already."""
-    columns, end = [], 0
-    for each in a:
-        start, end = end, end + (0 if each is None else each.shape[0])
-        columns.append(slice(start, end))
-    all_a = [each for each in a if each is not None]
-    all_b = [each for each in b if each is not None]
-    if not all_a:
-        return Adapters(None, list(b), columns)
-    cast_b = any(each.dtype != dtype or not each.is_contiguous() for each in all_b)
-    if len(all_a) == 1 and not cast_b and all_a[0].dtype == dtype and all_a[0].is_contiguous():
-        return Adapters(all_a[0], list(b), columns)
-    flat = _lora_pack([*all_a, *(all_b if cast_b else [])], dtype)
-    width = all_a[0].shape[1]
-    stacked = flat[: end * width].view(end, width)
-    if not cast_b:
-        return Adapters(stacked, list(b), columns)
-    parts = iter(flat[end * width :].split([each.numel() for each in all_b]))
-    return Adapters(stacked, [None if each is None else next(parts).view(each.shape) for each in b], columns)
+# Size, stride and offset of a matrix in a flat tensor.
+_Place = tuple[tuple[int, int], tuple[int, int], int]
 
 
-def low_rank_inputs(
-    x: torch.Tensor, adapters: Adapters, scalings: Sequence[float], dropouts: Sequence[float], seeds: Sequence[int]
-) -> torch.Tensor | None:
+class Layout:
+    """How the adapters of some projections lie in memory while they are used: in `low`, those of one input stacked.
+
+    Several adapters, or ones of another dtype, are copied into one flat tensor by one launch. It is then all that a
+    backward pass has to save of them: a tensor that is saved costs host time, most of all under checkpointing.
+
+    Args:
+        a, b, scaling, dropout: of each projection, as in Projection. Six matrices at most.
+        low: the dtype.
+        sizes: how many projections share the first input, the second, ...
+    """
+
+    def __init__(
+        self,
+        a: Sequence[torch.Tensor | None],
+        b: Sequence[torch.Tensor | None],
+        scaling: Sequence[float],
+        dropout: Sequence[float],
+        low: torch.dtype,
+        sizes: Sequence[int],
+    ):
+        given = [each for each in (*a, *b) if each is not None]
+        self._as_they_are = len(given) <= 2 and all(each.dtype == low and each.is_contiguous() for each in given)
+        self._low, self._order = low, []
+        self._places: list[tuple[_Place | None, list[_Place | None]]] = []
+        self.stacks: list[Stack] = []
+        offset, start = 0, 0
+        for size in sizes:
+            members = range(start, start + size)
+            start += size
+            columns, end, width = [], 0, 0
+            for i in members:
+                a_i = a[i]
+                rank = 0
+                if a_i is not None:
+                    rank, width = a_i.shape
+                    self._order.append((0, i))
+                columns.append(slice(end, end + rank))
+                end += rank
+            place = None if all(a[i] is None for i in members) else ((end, width), (width, 1), offset)
+            offset += end * width
+            b_places: list[_Place | None] = []
+            for i in members:
+                b_i = b[i]
+                if b_i is None:
+                    b_places.append(None)
+                    continue
+                self._order.append((1, i))
+                b_places.append((tuple(b_i.shape), (b_i.shape[1], 1), offset))  # type: ignore[arg-type]
+                offset += b_i.numel()
+            self._places.append((place, b_places))
+            scalings = {scaling[i] for i in members if a[i] is not None}
+            together = len(scalings) == 1 and not any(dropout[i] for i in members)
+            self.stacks.append(
+                Stack(
+                    tuple(columns),
+                    tuple(scaling[i] for i in members),
+                    tuple(dropout[i] for i in members),
+                    scalings.pop() if together else None,
+                )
+            )
+
+    def gather(
+        self, a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]
+    ) -> tuple[()] | tuple[torch.Tensor] | tuple[torch.Tensor, torch.Tensor]:
+        """What `adapters` makes the matrices from, and backward has to save: nothing, one flat tensor, or A and B."""
+        if self._as_they_are:
+            return tuple(each for each in (*a, *b) if each is not None)  # type: ignore[return-value]
+        matrices = (a, b)
+        tensors = [matrices[kind][i] for kind, i in self._order]
+        return (_lora_pack(tensors, self._low),)
+
+    def adapters(self, gathered: Sequence[torch.Tensor]) -> list[Adapters]:
+        """The adapters of each input."""
+        if len(gathered) == 1:
+            flat = gathered[0]
+
+            def at(place: _Place | None, which: int) -> torch.Tensor | None:
+                return None if place is None else flat.as_strided(*place)
+        else:
+
+            def at(place: _Place | None, which: int) -> torch.Tensor | None:
+                return None if place is None else gathered[which]
+
+        return [
+            Adapters(at(a, 0), [at(each, 1) for each in b], stack)
+            for (a, b), stack in zip(self._places, self.stacks, strict=True)
+        ]
+
+
+def low_rank_inputs(x: torch.Tensor, adapters: Adapters, seeds: Sequence[int]) -> torch.Tensor | None:
     """All S_i side by side, [T, sum r_i], in the dtype of the adapters."""
-    a, columns = adapters.a, adapters.columns
+    a, (columns, scaling, dropout, together) = adapters.a, adapters.stack
     if a is None:
         return None
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
     s = x.new_empty(x.shape[0], a.shape[0])
-    used = [i for i, each in enumerate(columns) if each.stop > each.start]
-    if not any(dropouts) and len({scalings[i] for i in used}) == 1:
-        return torch.addmm(s, x, a.t(), beta=0, alpha=scalings[used[0]], out=s)
-    for i in used:
-        s_i, a_i = s[:, columns[i]], a[columns[i]]
-        dropped = _lora_dropout(x, dropouts[i], seeds[i]) if dropouts[i] else x
-        torch.addmm(s_i, dropped, a_i.t(), beta=0, alpha=scalings[i], out=s_i)
+    if together is not None:
+        return torch.addmm(s, x, a.t(), beta=0, alpha=together, out=s)
+    for i, each in enumerate(columns):
+        if each.stop > each.start:
+            dropped = _lora_dropout(x, dropout[i], seeds[i]) if dropout[i] else x
+            s_i = s[:, each]
+            torch.addmm(s_i, dropped, a[each].t(), beta=0, alpha=scaling[i], out=s_i)
     return s
 
 
+def adapter_gradients(
+    dy: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    ds: torch.Tensor | None,
+    b_dtype: torch.dtype | None,
+) -> torch.Tensor | None:
+    """Of one projection: dB_i = dy_i^T @ S_i if its dtype is given; fills dS_i = s_i * dy_i @ B_i if that is given.
+
+    All in the dtype of S but dB_i.
+    """
+    if dy.dtype != s.dtype:
+        dy = dy.to(s.dtype)
+    if ds is not None:
+        torch.addmm(ds, dy, b, beta=0, alpha=scaling, out=ds)
+    return None if b_dtype is None else product(dy.t(), s, b_dtype)
+
+
 def low_rank_gradients(
-    x: torch.Tensor,
-    ds: torch.Tensor,
-    a: Sequence[torch.dtype | None],
-    columns: list[slice],
-    dropouts: Sequence[float],
-    seeds: Sequence[int],
+    x: torch.Tensor, ds: torch.Tensor, dtypes: Sequence[torch.dtype | None], stack: Stack, seeds: Sequence[int]
 ) -> list[torch.Tensor | None]:
     """dA_i = dS_i^T @ dropout_i(x) for those whose dtype is given."""
-    dtypes = {dtype for dtype in a if dtype is not None}
-    x = x.to(ds.dtype)
-    if not any(dropouts) and len(dtypes) == 1 and None not in a:
-        stacked = product(ds.t(), x, dtypes.pop())
-        return [stacked[each] for each in columns]
+    x = x if x.dtype == ds.dtype else x.to(ds.dtype)
+    if None not in dtypes and len(set(dtypes)) == 1 and not any(stack.dropout):
+        stacked = product(ds.t(), x, dtypes[0])  # type: ignore[arg-type]
+        return [stacked] if len(dtypes) == 1 else [stacked[each] for each in stack.columns]
     gradients: list[torch.Tensor | None] = []
-    for dtype, each, dropout, seed in zip(a, columns, dropouts, seeds, strict=True):
+    for dtype, each, dropout, seed in zip(dtypes, stack.columns, stack.dropout, seeds, strict=True):
         if dtype is None:
             gradients.append(None)
             continue
@@ -482,16 +576,15 @@ def low_rank_gradients(
     return gradients
 
 
-def add_input_gradient(
-    dx: torch.Tensor, ds: torch.Tensor, adapters: Adapters, dropouts: Sequence[float], seeds: Sequence[int]
-) -> None:
+def add_input_gradient(dx: torch.Tensor, ds: torch.Tensor, adapters: Adapters, seeds: Sequence[int]) -> None:
     """dx += sum over i of dropout_i'(dS_i @ A_i)."""
-    assert adapters.a is not None
-    if not any(dropouts):
-        low_rank_add_(dx, ds, adapters.a.t(), 0.0, 0)
+    a, stack = adapters.a, adapters.stack
+    assert a is not None
+    if not any(stack.dropout):
+        low_rank_add_(dx, ds, a.t(), 0.0, 0)
         return
-    for each, dropout, seed in zip(adapters.columns, dropouts, seeds, strict=True):
-        low_rank_add_(dx, ds[:, each], adapters.a[each].t(), dropout, seed)
+    for each, dropout, seed in zip(stack.columns, stack.dropout, seeds, strict=True):
+        low_rank_add_(dx, ds[:, each], a[each].t(), dropout, seed)
 
 
 def dense(weight: torch.Tensor, expand: Expand | None, dtype: torch.dtype, backward: bool) -> torch.Tensor:
@@ -508,146 +601,158 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dty
 
 
 class Static(NamedTuple):
-    """What of the projections is no tensor."""
+    """What autograd need not see of the projections.
 
-    scaling: tuple[float, ...]
-    dropout: tuple[float, ...]
+    Frozen weights are not among the tensors that an autograd function saves: they are there anyway, and each would cost
+    host time. Dense ones that were changed in between are found by their versions, as autograd finds them.
+    """
+
+    weights: tuple[torch.Tensor, ...]
     expand: tuple[Expand | None, ...]
+    layout: Layout
+    dtypes: tuple[torch.dtype | None, ...]  # of all biases, all A, all B
     low: torch.dtype
     out: torch.dtype
 
+    def versions(self) -> list[int]:
+        return [weight._version for weight, expand in zip(self.weights, self.expand, strict=True) if expand is None]
+
+    def check(self, versions: list[int]) -> None:
+        """Raises RuntimeError where a weight was changed since `versions` were taken."""
+        if versions and versions != self.versions():
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
+                "frozen weight of a layer with an adapter"
+            )
+
 
 def static_of(
-    dtype: torch.dtype, projections: Sequence[Projection], low: torch.dtype | None, out: torch.dtype | None
+    dtype: torch.dtype,
+    projections: Sequence[Projection],
+    low: torch.dtype | None,
+    out: torch.dtype | None,
+    sizes: Sequence[int] | None = None,
 ) -> Static:
-    """Args: dtype: of the input, and default of `low` and `out`."""
-    return Static(
-        tuple(projection.scaling for projection in projections),
-        tuple(projection.dropout for projection in projections),
-        tuple(projection.expand for projection in projections),
-        low or dtype,
-        out or dtype,
-    )
+    """Args: dtype: of the input, and default of `low` and `out`; sizes: see Layout, default one input for all."""
+    weights, biases, a, b, scaling, dropout, expand, _ = zip(*projections, strict=True)
+    layout = Layout(a, b, scaling, dropout, low or dtype, sizes or (len(projections),))
+    dtypes = tuple(None if each is None else each.dtype for each in (*biases, *a, *b))
+    return Static(weights, expand, layout, dtypes, low or dtype, out or dtype)
+
+
+def tensors_of(projections: Sequence[Projection]) -> tuple[torch.Tensor | None, ...]:
+    """All biases, all A, all B: what autograd has to see."""
+    return tuple(each[field] for field in (1, 2, 3) for each in projections)  # type: ignore[misc]
 
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, static: Static, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        weights, biases, a, b = (tensors[i::4] for i in range(4))
+        count, layout = len(static.weights), static.layout
+        (stack,) = layout.stacks
         ctx.set_materialize_grads(False)
-        ctx.static, ctx.shape = static, x.shape
-        ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        ctx.static, ctx.shape, ctx.versions = static, x.shape, static.versions()
         x = x.reshape(-1, x.shape[-1])
-        ctx.seeds = tuple(draw_seed(x.device) if dropout else 0 for dropout in static.dropout)
-        adapters = gather_adapters(a, b, static.low)
-        s = low_rank_inputs(x, adapters, static.scaling, static.dropout, ctx.seeds)
+        ctx.seeds = tuple(draw_seed(x.device) if dropout else 0 for dropout in stack.dropout)
+        gathered = layout.gather(tensors[count : 2 * count], tensors[2 * count :])
+        (adapters,) = layout.adapters(gathered)
+        s = low_rank_inputs(x, adapters, ctx.seeds)
         outputs = []
-        for i, weight in enumerate(weights):
-            assert weight is not None
-            y = linear(x, dense(weight, static.expand[i], x.dtype, False), biases[i], static.out)
+        for i, weight in enumerate(static.weights):
+            y = linear(x, dense(weight, static.expand[i], x.dtype, False), tensors[i], static.out)
             b_i = adapters.b[i]
             if b_i is not None:
                 assert s is not None
-                low_rank_add_(y, s[:, adapters.columns[i]], b_i, 0.0, 0)
+                low_rank_add_(y, s[:, stack.columns[i]], b_i, 0.0, 0)
             outputs.append(y.view(*ctx.shape[:-1], y.shape[-1]))
-        ctx.columns = adapters.columns
-        ctx.save_for_backward(x, s, adapters.a, *weights, *adapters.b)
+        ctx.save_for_backward(x, s, *gathered)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_gradients: torch.Tensor | None) -> tuple[Any, ...]:
         static, count = ctx.static, len(output_gradients)
-        x, s, a, *rest = ctx.saved_tensors
-        weights, adapters = rest[:count], Adapters(a, rest[count:], ctx.columns)
+        static.check(ctx.versions)
+        x, s, *gathered = ctx.saved_tensors
+        (adapters,) = static.layout.adapters(gathered)
         need_x, _, *need = ctx.needs_input_grad
-        gradients: list[torch.Tensor | None] = [None] * (4 * count)
-        dx, ds = None, None
-        if s is not None:
+        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need, strict=True)]
+        gradients: list[torch.Tensor | None] = [None] * (3 * count)
+        dx = ds = None
+        if s is not None and (need_x or any(need[count : 2 * count])):
             ds = (torch.empty_like if None not in output_gradients else torch.zeros_like)(s)
         for i, dy in enumerate(output_gradients):
             if dy is None:
+                # An adapter whose output was not used has no gradient, as under stock: an optimizer passes over it.
+                dtypes[count + i] = None
                 continue
             given = dy.reshape(-1, dy.shape[-1])
             dy = given if given.dtype == x.dtype else given.to(x.dtype)
-            _, need_bias, need_a, need_b = need[4 * i : 4 * i + 4]
-            if need_bias:
-                gradients[4 * i + 1] = dy.sum(0, dtype=ctx.dtypes[4 * i + 1])
+            if dtypes[i] is not None:
+                gradients[i] = dy.sum(0, dtype=dtypes[i])
             b_i = adapters.b[i]
             if b_i is not None:
                 assert s is not None
-                assert ds is not None
-                each, low = ctx.columns[i], given if given.dtype == static.low else given.to(static.low)
-                ds_i = ds[:, each]
-                if need_a or need_x:
-                    torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
-                if need_b:
-                    gradients[4 * i + 3] = product(low.t(), s[:, each], ctx.dtypes[4 * i + 3])
-                del low
+                each, scaling = adapters.stack.columns[i], adapters.stack.scaling[i]
+                ds_i = None if ds is None else ds[:, each]
+                gradients[2 * count + i] = adapter_gradients(
+                    given, s[:, each], b_i, scaling, ds_i, dtypes[2 * count + i]
+                )
+            del given
             if need_x:
-                weight = dense(weights[i], static.expand[i], x.dtype, True)
+                weight = dense(static.weights[i], static.expand[i], x.dtype, True)
                 dx = torch.mm(dy, weight) if dx is None else dx.addmm_(dy, weight)
                 del weight
         if ds is not None:
-            # An adapter whose output was not used has no gradient, as under stock: an optimizer passes over it.
-            wanted = [
-                ctx.dtypes[4 * i + 2] if need[4 * i + 2] and dy is not None else None
-                for i, dy in enumerate(output_gradients)
-            ]
+            wanted = dtypes[count : 2 * count]
             if any(wanted):
-                gradients[2::4] = low_rank_gradients(x, ds, wanted, ctx.columns, static.dropout, ctx.seeds)
+                gradients[count : 2 * count] = low_rank_gradients(x, ds, wanted, adapters.stack, ctx.seeds)
             if dx is not None:
-                add_input_gradient(dx, ds, adapters, static.dropout, ctx.seeds)
+                add_input_gradient(dx, ds, adapters, ctx.seeds)
         return None if dx is None else dx.view(ctx.shape), None, *gradients
 
 
 class _LoRAAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        scaling: float,
-        dropout: float,
-        low: torch.dtype,
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
-        ctx.shape, ctx.scaling, ctx.dropout, ctx.dtypes = x.shape, scaling, dropout, (x.dtype, a.dtype, b.dtype)
+        ctx.shape, ctx.layout, ctx.dtypes = x.shape, layout, (x.dtype, a.dtype, b.dtype)
         x = x.reshape(-1, x.shape[-1])
-        ctx.seed = draw_seed(x.device) if dropout else 0
-        adapters = gather_adapters([a], [b], low)
-        s = low_rank_inputs(x, adapters, [scaling], [dropout], [ctx.seed])
+        ctx.seeds = (draw_seed(x.device) if layout.stacks[0].dropout[0] else 0,)
+        gathered = layout.gather([a], [b])
+        (adapters,) = layout.adapters(gathered)
+        s = low_rank_inputs(x, adapters, ctx.seeds)
         assert s is not None
         assert adapters.b[0] is not None
         out = y.reshape(-1, y.shape[-1]).clone(memory_format=torch.contiguous_format)
         low_rank_add_(out, s, adapters.b[0], 0.0, 0)
-        ctx.save_for_backward(x, s, adapters.a, adapters.b[0])
+        ctx.save_for_backward(x, s, *gathered)
         return out.view(y.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, s, a, b = ctx.saved_tensors
+        x, s, *gathered = ctx.saved_tensors
+        (adapters,) = ctx.layout.adapters(gathered)
+        stack, b = adapters.stack, adapters.b[0]
+        assert b is not None
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        low = dy.reshape(-1, dy.shape[-1]).to(s.dtype)
-        dx = da = db = None
-        if need_b:
-            db = product(low.t(), s, ctx.dtypes[2])
-        if need_x or need_a:
-            ds = torch.empty_like(s)
-            torch.addmm(ds, low, b, beta=0, alpha=ctx.scaling, out=ds)
-            columns = [slice(0, s.shape[1])]
-            if need_a:
-                (da,) = low_rank_gradients(x, ds, [ctx.dtypes[1]], columns, [ctx.dropout], [ctx.seed])
-            if need_x:
-                if ctx.dropout:
-                    dx = torch.zeros_like(x)
-                    add_input_gradient(dx, ds, Adapters(a, [b], columns), [ctx.dropout], [ctx.seed])
-                else:
-                    dx = product(ds, a, x.dtype)
-                dx = dx.view(ctx.shape)
-        return dy, dx, da, db, None, None, None
+        ds = torch.empty_like(s) if need_x or need_a else None
+        given, b_dtype = dy.reshape(-1, dy.shape[-1]), ctx.dtypes[2] if need_b else None
+        db = adapter_gradients(given, s, b, stack.scaling[0], ds, b_dtype)
+        dx = da = None
+        if ds is not None and need_a:
+            (da,) = low_rank_gradients(x, ds, [ctx.dtypes[1]], stack, ctx.seeds)
+        if ds is not None and need_x:
+            if stack.dropout[0]:
+                dx = torch.zeros_like(x)
+                add_input_gradient(dx, ds, adapters, ctx.seeds)
+            else:
+                assert adapters.a is not None
+                dx = product(ds, adapters.a, x.dtype)
+            dx = dx.view(ctx.shape)
+        return dy, dx, da, db, None
 
 
 def check(width: int, projection: Projection) -> None:
@@ -683,8 +788,7 @@ def linears_of(
         raise ValueError(f"between one and three projections, got {len(projections)}")
     for projection in projections:
         check(width, projection)
-    static = static_of(dtype, projections, low, out)
-    tensors = tuple(tensor for projection in projections for tensor in projection[:4])
+    static, tensors = static_of(dtype, projections, low, out), tensors_of(projections)
     return lambda x: _LoRALinears.apply(x, static, *tensors)
 
 
@@ -718,4 +822,4 @@ def lora_add(
     check_adapter(x.shape[-1], a, b, dropout)
     if y.shape != (*x.shape[:-1], b.shape[0]):
         raise ValueError(f"y must be {[*x.shape[:-1], b.shape[0]]}, got {list(y.shape)}")
-    return _LoRAAdd.apply(y, x, a, b, scaling, dropout, low or x.dtype)
+    return _LoRAAdd.apply(y, x, a, b, Layout([a], [b], [scaling], [dropout], low or x.dtype, [1]))

@@ -37,10 +37,11 @@ from .lora import (
     Adapters,
     Projection,
     Static,
+    adapter_gradients,
+    add_input_gradient,
     add_low_rank,
     check,
     dense,
-    gather_adapters,
     linear,
     low_rank_add_,
     low_rank_gradients,
@@ -48,6 +49,7 @@ from .lora import (
     product,
     rank_block,
     static_of,
+    tensors_of,
 )
 
 # ---------------------------------------------------------------------------------------------------- torch reference
@@ -340,15 +342,16 @@ _lora_glu_backward = register_op(
 
 def _parts(s: _Part, adapters: Adapters, width: int) -> tuple[_Part, _Part, _Part, _Part]:
     """S_g, B_g, S_u, B_u, each None where there is no adapter; from one adapter for both where they are packed."""
-    s_of = [
-        None if s is None or b is None else s[:, each] for b, each in zip(adapters.b, adapters.columns, strict=True)
-    ]
-    if len(adapters.b) == 2:
-        return s_of[0], adapters.b[0], s_of[1], adapters.b[1]
-    b = adapters.b[0]
-    if b is None:
+    if s is None:
         return None, None, None, None
-    return s_of[0], b[:width], s_of[0], b[width:]
+    if len(adapters.b) == 2:
+        s_gate, s_up = (
+            None if b is None else s[:, each] for b, each in zip(adapters.b, adapters.stack.columns, strict=True)
+        )
+        return s_gate, adapters.b[0], s_up, adapters.b[1]
+    (b,) = adapters.b
+    assert b is not None
+    return s, b[:width], s, b[width:]
 
 
 # The product with Wd is a node of its own that saves nothing: all that the gradients need is saved by the node before.
@@ -365,18 +368,17 @@ class _Down(torch.autograd.Function):
         h: torch.Tensor,
         s_down: torch.Tensor | None,
         b_down: torch.Tensor | None,
-        weight: torch.Tensor,
         bias: torch.Tensor | None,
         static: Static,
     ) -> torch.Tensor:
-        y = linear(h, dense(weight, static.expand[-1], h.dtype, False), bias, static.out)
+        y = linear(h, dense(static.weights[-1], static.expand[-1], h.dtype, False), bias, static.out)
         if s_down is not None:
             low_rank_add_(y, s_down, b_down, 0.0, 0)
         return y.view(link.shape)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return dy, None, None, None, None, None, None
+        return dy, None, None, None, None, None
 
 
 class _Hidden(torch.autograd.Function):
@@ -386,85 +388,77 @@ class _Hidden(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, activation: str, static: Static, features: int, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        weights, biases, a, b = (tensors[i::4] for i in range(4))
+        count, layout = len(static.weights), static.layout
         ctx.set_materialize_grads(False)  # h has none, and would be given one of zeros
-        ctx.static, ctx.activation, ctx.shape = static, activation, x.shape
-        ctx.dtypes = tuple(None if each is None else each.dtype for each in tensors)
+        ctx.static, ctx.activation, ctx.shape, ctx.versions = static, activation, x.shape, static.versions()
         link = x.new_empty((), dtype=static.out).expand(*x.shape[:-1], features)
         x = x.reshape(-1, x.shape[-1])
-        into, down = gather_adapters(a[:-1], b[:-1], static.low), gather_adapters(a[-1:], b[-1:], static.low)
-        s = low_rank_inputs(x, into, static.scaling, static.dropout, (0,) * len(weights))
-        hidden = []
-        for i, weight in enumerate(weights[:-1]):
-            assert weight is not None
-            hidden.append(linear(x, dense(weight, static.expand[i], x.dtype, False), biases[i], x.dtype))
-        gate, up = hidden if len(hidden) == 2 else (hidden[0], None)
-        width = _halves(gate, up)[0].shape[1]
+        gathered = layout.gather(tensors[count : 2 * count], tensors[2 * count :])
+        into, down = layout.adapters(gathered)
+        s = low_rank_inputs(x, into, ())
+        hidden = [
+            linear(x, dense(static.weights[i], static.expand[i], x.dtype, False), tensors[i], x.dtype)
+            for i in range(count - 1)
+        ]
+        gate, up = hidden if count == 3 else (hidden[0], None)
+        width = gate.shape[1] if count == 3 else gate.shape[1] // 2
         h = _lora_glu(gate, up, *_parts(s, into, width), activation)
-        s_down = low_rank_inputs(h, down, static.scaling[-1:], (0.0,), (0,))
+        s_down = low_rank_inputs(h, down, ())
         b_down = None if down.b[0] is None else down.b[0].detach()
-        ctx.columns = into.columns
-        ctx.save_for_backward(x, gate, up, s, s_down, into.a, down.a, b_down, *weights, *into.b)
+        ctx.save_for_backward(x, gate, up, s, s_down, *gathered)
         ctx.mark_non_differentiable(*(each for each in (h, s_down, b_down) if each is not None))
         return link, h, s_down, b_down
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[Any, ...]:
-        static, count = ctx.static, len(ctx.dtypes) // 4
-        x, gate, up, s, s_down, a, a_down, b_down, *rest = ctx.saved_tensors
-        weights, into = rest[:count], Adapters(a, rest[count:], ctx.columns)
+        static, count = ctx.static, len(ctx.static.weights)
+        static.check(ctx.versions)
+        x, gate, up, s, s_down, *gathered = ctx.saved_tensors
+        into, down = static.layout.adapters(gathered)
         need_x, _, _, _, *need = ctx.needs_input_grad
-        need_bias, need_a, need_b = need[1::4], need[2::4], need[3::4]
-        gradients: list[torch.Tensor | None] = [None] * (4 * count)
+        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need, strict=True)]
+        bias_dtypes, a_dtypes, b_dtypes = (dtypes[i * count : (i + 1) * count] for i in range(3))
+        biases: list[torch.Tensor | None] = [None] * count
+        a: list[torch.Tensor | None] = [None] * count
+        b: list[torch.Tensor | None] = [None] * count
 
         given = dy.reshape(-1, dy.shape[-1])
         dy = given if given.dtype == x.dtype else given.to(x.dtype)
-        if need_bias[-1]:
-            gradients[4 * count - 3] = dy.sum(0, dtype=ctx.dtypes[-3])
+        if bias_dtypes[-1] is not None:
+            biases[-1] = dy.sum(0, dtype=bias_dtypes[-1])
         ds_down = None
         if s_down is not None:
-            low = given if given.dtype == static.low else given.to(static.low)
             ds_down = torch.empty_like(s_down)
-            torch.addmm(ds_down, low, b_down, beta=0, alpha=static.scaling[-1], out=ds_down)
-            if need_b[-1]:
-                gradients[-1] = product(low.t(), s_down, ctx.dtypes[-1])
-            del low
-        dh = torch.mm(dy, dense(weights[-1], static.expand[-1], x.dtype, True))
+            b[-1] = adapter_gradients(given, s_down, down.b[0], down.stack.scaling[0], ds_down, b_dtypes[-1])
+        dh = torch.mm(dy, dense(static.weights[-1], static.expand[-1], x.dtype, True))
         del dy, given
-        width = dh.shape[1]
-        parts = _parts(s, into, width)
-        dgate, dup = _lora_glu_backward(dh, gate, up, *parts, ds_down, a_down, need_a[-1], ctx.activation)
-        if ds_down is not None and need_a[-1]:
-            gradients[-2] = product(ds_down.t(), dh.to(static.low), ctx.dtypes[-2])
+        parts = _parts(s, into, dh.shape[1])
+        dgate, dup = _lora_glu_backward(dh, gate, up, *parts, ds_down, down.a, a_dtypes[-1] is not None, ctx.activation)
+        if ds_down is not None and a_dtypes[-1] is not None:
+            a[-1] = product(ds_down.t(), dh.to(static.low), a_dtypes[-1])
         del dh
 
         dx, ds = None, None if s is None else torch.empty_like(s)
         for i, dhidden in enumerate((dgate,) if up is None else (dgate, dup)):
-            if need_bias[i]:
-                gradients[4 * i + 1] = dhidden.sum(0, dtype=ctx.dtypes[4 * i + 1])
+            if bias_dtypes[i] is not None:
+                biases[i] = dhidden.sum(0, dtype=bias_dtypes[i])
             b_i = into.b[i]
             if b_i is not None:
                 assert s is not None
                 assert ds is not None
-                each, low = ctx.columns[i], dhidden if dhidden.dtype == static.low else dhidden.to(static.low)
-                ds_i = ds[:, each]
-                torch.addmm(ds_i, low, b_i, beta=0, alpha=static.scaling[i], out=ds_i)
-                if need_b[i]:
-                    gradients[4 * i + 3] = product(low.t(), s[:, each], ctx.dtypes[4 * i + 3])
-                del low
+                each = into.stack.columns[i]
+                b[i] = adapter_gradients(dhidden, s[:, each], b_i, into.stack.scaling[i], ds[:, each], b_dtypes[i])
             if need_x:
-                weight = dense(weights[i], static.expand[i], x.dtype, True)
+                weight = dense(static.weights[i], static.expand[i], x.dtype, True)
                 dx = torch.mm(dhidden, weight) if dx is None else dx.addmm_(dhidden, weight)
                 del weight
         if ds is not None:
-            wanted = [ctx.dtypes[4 * i + 2] if need_a[i] else None for i in range(count - 1)]
-            if any(wanted):
-                none = (0,) * (count - 1)
-                gradients[2:-4:4] = low_rank_gradients(x, ds, wanted, ctx.columns, none, none)
+            if any(a_dtypes[:-1]):
+                a[:-1] = low_rank_gradients(x, ds, a_dtypes[:-1], into.stack, (0,) * (count - 1))
             if dx is not None:
-                low_rank_add_(dx, ds, a.t(), 0.0, 0)
-        return None if dx is None else dx.view(ctx.shape), None, None, None, *gradients
+                add_input_gradient(dx, ds, into, ())
+        return None if dx is None else dx.view(ctx.shape), None, None, None, *biases, *a, *b
 
 
 def _inner_width(projections: tuple[Projection, ...]) -> int:
@@ -506,18 +500,18 @@ def gated_mlp_of(
     check(_inner_width(projections), projections[-1])
     if any(projection.dropout for projection in projections):
         raise ValueError("a gated MLP with dropout in its adapters must be computed projection by projection")
-    down, static = projections[-1], static_of(dtype, projections, low, out)
+    down, static = projections[-1], static_of(dtype, projections, low, out, (len(projections) - 1, 1))
     features = down.out_features
     if down.b is not None or down.expand is None:
         features = (down.weight if down.b is None else down.b).shape[0]
     if features is None:
         raise ValueError("a packed down projection without an adapter needs out_features")
-    tensors = tuple(tensor for each in projections for tensor in each[:4])
+    tensors = tensors_of(projections)
 
     def gated_mlp(x: torch.Tensor) -> torch.Tensor:
         link, h, s_down, b_down = _Hidden.apply(x, activation, static, features, *tensors)
         bias = None if down.bias is None else down.bias.detach()
-        return _Down.apply(link, h, s_down, b_down, down.weight, bias, static)
+        return _Down.apply(link, h, s_down, b_down, bias, static)
 
     return gated_mlp
 

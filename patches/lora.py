@@ -19,14 +19,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from hf_turbo.kernels import _launch
-from hf_turbo.kernels.dequantize import Nested, Packed4bit
-from hf_turbo.kernels.dora import dora_linears
+from hf_turbo.kernels.dora import dora_linears_of
 from hf_turbo.kernels.lora import Projection, linears_of, lora_add
 from hf_turbo.kernels.lora_mlp import gated_mlp_of
 from torch import nn
-from torch.utils.weak import WeakIdKeyDictionary
 
+from . import expanded_weights
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -40,6 +38,7 @@ from .engine import (
     same_name_subclass,
     stock_class,
 )
+from .expanded_weights import expander_of
 from .lora_watch import Watch
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -166,67 +165,9 @@ def _packed_conflict(base: Any) -> str | None:
     return None
 
 
-class _Expanded:
-    """Expanded weights that outlive their use, by what they were expanded from.
-
-    Two kinds: those that are kept for the whole training because the user said so, and the last one that recomputation
-    (under checkpointing) used of a block, until its gradient uses it again. The weight of `down_proj` is the last of
-    its block in recompute and the first in backward, so that keeping it takes no memory at the peak.
-    """
-
-    def __init__(self) -> None:
-        self._kept = WeakIdKeyDictionary()  # QuantStates cannot be hashed
-        self._last: tuple[Any, torch.Tensor] | None = None
-
-    def keep(self, state: Any) -> None:
-        self._kept[state] = None
-
-    def forget(self, state: Any) -> None:
-        self._kept.pop(state, None)
-        self.forget_last()
-
-    def forget_last(self) -> None:
-        """Where recomputation was not followed by a gradient: an error between them."""
-        self._last = None
-
-    def get(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
-        if not self._kept or state not in self._kept:
-            return _expand(state, packed, dtype)
-        dense = self._kept[state]
-        if dense is None or dense.dtype != dtype or dense.device != packed.device:
-            dense = self._kept[state] = _expand(state, packed, dtype)
-        return dense
-
-    def get_last(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
-        """`get` for a weight that is the last of its block."""
-        last, self._last = self._last, None
-        if backward and last is not None and last[0] is state and last[1].dtype == dtype:
-            return last[1]
-        dense = self.get(state, packed, dtype, backward)
-        if not backward and torch._C._current_graph_task_id() != -1:  # in a backward pass: this is recomputation
-            self._last = (state, dense)
-        return dense
-
-
-_EXPANDED = _Expanded()
-
-
-_PACKED = WeakIdKeyDictionary()  # QuantState -> (address, absmax, Packed4bit)
-
-
-def _expand(state: Any, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A bitsandbytes weight [N, K] in `dtype`, the same bits as bitsandbytes gives."""
-    if not (packed.is_cuda or _launch.INTERPRET):
-        return sys.modules["bitsandbytes"].functional.dequantize_4bit(packed.view(-1, 1), state).to(dtype)
-    known = _PACKED.get(state)
-    # A state that moves to another device gets other tensors.
-    if known is None or known[0] != packed.data_ptr() or known[1] is not state.absmax:
-        nested = None
-        if state.nested:
-            nested = Nested(state.state2.code, state.state2.absmax, state.offset, state.state2.blocksize)
-        weight = Packed4bit(packed, state.absmax, state.code, state.blocksize, state.shape, nested)
-        known = _PACKED[state] = (packed.data_ptr(), state.absmax, weight)
-    return known[2].expand(dtype)
+def _autocast(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast computes in, None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _is_float64(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
@@ -243,7 +184,7 @@ def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | 
         if isinstance(found, str):
             return found
         adapter, base = found, module._modules["base_layer"]
-    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    autocast = _autocast(device)
     # Not there: of a parametrized or pruned layer, of another wrapper than ours, of other quantized layers.
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     if autocast is not None and _is_float64(x_dtype, weight, adapter and adapter.a):
@@ -270,7 +211,7 @@ def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | 
         if conflict is None and low != compute != x_dtype:
             conflict = f"the adapter reads {x_dtype} inputs, the 4-bit weights {compute} ones"
         if conflict is None:
-            expand = functools.partial(_EXPANDED.get, weight.quant_state)
+            expand = functools.partial(expander_of(weight.quant_state), weight.quant_state)
     else:
         return f"base layer is a {type(base).__name__}"
     if conflict is not None:
@@ -320,22 +261,25 @@ class _Recipe(NamedTuple):
     watches: tuple[Watch, ...]
     x_dtype: torch.dtype
     device: torch.device
-    autocast: Any
+    autocast: torch.dtype | None
     compute: torch.dtype
     call: Callable[[torch.Tensor], Any]
     activation: str | None = None
 
     def fits(self, modules: tuple[Any, ...], x: torch.Tensor, activation: str | None = None) -> bool:
         watches = self.watches
-        return (
+        if not (
             len(watches) == len(modules)
             and self.x_dtype == x.dtype
             and self.device == x.device
-            and self.autocast == _autocast(x)
+            and self.autocast == _autocast(x.device)
             and self.activation == activation
             and all(map(Watch.of, watches, modules))
-            and all(map(Watch.is_same, watches))
-        )
+        ):
+            return False
+        # The attributes of 4-bit weights would be read by way of their class's __torch_function__.
+        with torch._C.DisableTorchFunctionSubclass():
+            return all(map(Watch.is_same, watches))
 
     def __call__(self, x: torch.Tensor) -> Any:
         return self.call(x if x.dtype == self.compute else x.to(self.compute))
@@ -354,7 +298,7 @@ def _keep_recipe(
     activation: str | None = None,
 ) -> _Recipe:
     watches = tuple(Watch(each, None if _kind(each) is None else _active_names(each)[0]) for each in modules)
-    recipe = _Recipe(watches, x.dtype, x.device, _autocast(x), compute, call, activation)
+    recipe = _Recipe(watches, x.dtype, x.device, _autocast(x.device), compute, call, activation)
     key = _key(modules)
     if key is not None:
         _RECIPES[key] = recipe
@@ -387,12 +331,16 @@ def _compute(modules: tuple[Any, ...], x: torch.Tensor) -> tuple[torch.Tensor, .
             return None
         projections.append(layer.projection)
         magnitudes.append(layer.magnitude)
+    width, compute, low, out = x.shape[-1], first.compute, first.low, first.out
+    call: Callable[[torch.Tensor], Any]
     if any(magnitude is not None for magnitude in magnitudes):
-        if x.ndim < 2 or any(projection.dropout for projection in projections):
-            return None  # of one row PEFT makes a matrix
-        return dora_linears(x.to(first.compute), projections, magnitudes, first.low, first.out)
-    call = linears_of(x.shape[-1], first.compute, projections, first.low, first.out)
-    return _keep_recipe(modules, x, first.compute, call)(x)
+        if any(projection.dropout for projection in projections):
+            return None
+        dora = dora_linears_of(width, compute, projections, magnitudes, low, out)
+        call = lambda x: None if x.ndim < 2 else dora(x)  # noqa: E731  (of one row PEFT makes a matrix)
+    else:
+        call = linears_of(width, compute, projections, low, out)
+    return _keep_recipe(modules, x, compute, call)(x)
 
 
 def _beside(module: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -402,7 +350,7 @@ def _beside(module: Any, x: torch.Tensor) -> torch.Tensor | None:
     adapter = _adapter(module)
     if isinstance(adapter, str) or adapter.magnitude is not None or adapter.a.device != x.device:
         return None
-    autocast = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    autocast = _autocast(x.device)
     if autocast is not None and _is_float64(x.dtype, adapter.a):
         return None
     y = module.base_layer(x)
@@ -432,7 +380,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
 class _Stash(NamedTuple):
     x: torch.Tensor
     version: int
-    mode: tuple[Any, bool]
+    mode: tuple[torch.dtype | None, bool]
     outputs: dict[nn.Module, torch.Tensor]
 
 
@@ -487,13 +435,8 @@ class _Group:
         return (output,)
 
 
-def _autocast(x: torch.Tensor) -> Any:
-    kind = x.device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-
-
-def _mode(x: torch.Tensor) -> tuple[Any, bool]:
-    return _autocast(x), torch.is_grad_enabled()
+def _mode(x: torch.Tensor) -> tuple[torch.dtype | None, bool]:
+    return _autocast(x.device), torch.is_grad_enabled()
 
 
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
@@ -528,9 +471,9 @@ def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) ->
         return None
     ordered = [layer.projection for layer in layers]
     if isinstance(down.projection.expand, functools.partial):
-        ordered[-1] = down.projection._replace(
-            expand=functools.partial(_EXPANDED.get_last, *down.projection.expand.args)
-        )
+        expander: Any = down.projection.expand.func
+        expand = functools.partial(expander.last_of_its_block, *down.projection.expand.args)
+        ordered[-1] = down.projection._replace(expand=expand)
     call = gated_mlp_of(x.shape[-1], first.compute, tuple(ordered), activation, first.low, down.out)
     return _keep_recipe(projections, x, first.compute, call, activation)(x)
 
@@ -542,7 +485,7 @@ class _LayerSwap(ClassSwap):
     """The swap of one layer, which takes along what was kept of it."""
 
     def revert(self) -> bool:
-        _EXPANDED.forget_last()
+        expanded_weights.forget_last()
         module = self._module()
         if isinstance(module, nn.Module):
             _RECIPES.pop(module, None)
@@ -580,12 +523,13 @@ class _KeepPatch(Patch):
     def apply(self) -> None:
         state = self._state()
         if state is not None:
-            _EXPANDED.keep(state)
+            expander_of(state).keep = True
 
     def revert(self) -> bool:
         state = self._state()
         if state is not None:
-            _EXPANDED.forget(state)
+            expander_of(state).keep = False
+            expander_of(state).let_go()
         return True
 
 
@@ -633,8 +577,7 @@ def _conflict(module: Any) -> str | None:
     if isinstance(adapter, str):
         return adapter
     base = module.base_layer
-    expected = {"Linear": "Linear", "Linear4bit": "Linear4bit", "Linear8bitLt": "Linear8bitLt"}[kind]
-    if type(base).__name__ != expected or (kind == "Linear" and type(base) is not nn.Linear):
+    if type(base).__name__ != kind or (kind == "Linear" and type(base) is not nn.Linear):
         return f"base layer is a {type(base).__name__}"
     reason = module_conflict(base)
     if reason is None and adapter.magnitude is not None:  # not beside a layer that computes itself
@@ -647,8 +590,7 @@ def _conflict(module: Any) -> str | None:
 def end_training() -> None:
     """Lets go of the weights that recipes hold, so that a model which is moved then leaves nothing behind."""
     _RECIPES.clear()
-    _PACKED.clear()
-    _EXPANDED.forget_last()
+    expanded_weights.let_go()
 
 
 def concerns(model: nn.Module) -> bool:

@@ -35,8 +35,9 @@ class Watch:
         "_dictionaries",
         "_dropout",
         "_drops",
-        "_dtypes",
         "_hooks",
+        "_magnitude",
+        "_magnitude_modules",
         "_modules",
         "_name",
         "_parameters",
@@ -44,6 +45,7 @@ class Watch:
         "_scaling",
         "_state",
         "_types",
+        "_variant",
     )
 
     def __init__(self, module: Any, name: str | None):
@@ -60,14 +62,23 @@ class Watch:
             self._dropout = self._modules["lora_dropout"]._modules[name]
             self._drops = self._drop_state()
             bypassed += [self._a, self._b, self._dropout]
+            self._variant = self._state["lora_variant"].get(name)
+            if self._variant is not None:  # DoRA, which has magnitudes
+                self._magnitude_modules = self._modules["lora_magnitude_vector"]._modules
+                self._magnitude = self._magnitude_modules[name]
+                bypassed.append(self._magnitude)
         self._types = [(each, type(each)) for each in bypassed]
         self._dictionaries = [each.__dict__ for each in bypassed]
         self._hooks = [each.__dict__[hooks] for each in bypassed for hooks in _HOOKS]
         owners = [(base, "weight"), (base, "bias")]
         if name is not None:
             owners += [(self._a, "weight"), (self._b, "weight")]
-        self._parameters = [(owner._parameters, key, owner._parameters[key]) for owner, key in owners]
-        self._dtypes = self._dtypes_now()
+            if self._variant is not None:
+                owners.append((self._magnitude, "weight"))
+        self._parameters = [
+            (owner._parameters, key, owner._parameters[key], _properties(owner._parameters[key]))
+            for owner, key in owners
+        ]
         self._quant_state = getattr(base._parameters["weight"], "quant_state", None)
         self._compute_dtype = base.__dict__.get("compute_dtype")
 
@@ -83,7 +94,7 @@ class Watch:
             or state["merged_adapters"]
             or state["_active_adapter"] != self._active
             or len(self._a_modules) != self._count
-            or name in state["lora_variant"]
+            or state["lora_variant"].get(name) is not self._variant
             or not state["cast_input_dtype_enabled"]
             or state["scaling"].get(name) != self._scaling
             or self._modules["base_layer"] is not self._base
@@ -91,6 +102,7 @@ class Watch:
             or self._b_modules.get(name) is not self._b
             or self._modules["lora_dropout"]._modules.get(name) is not self._dropout
             or self._drop_state() != self._drops
+            or (self._variant is not None and not self._is_same_dora())
         ):
             return False
         if any(self._hooks) or nn.modules.module._has_any_global_hook():
@@ -101,24 +113,23 @@ class Watch:
         for dictionary in self._dictionaries:
             if "forward" in dictionary:
                 return False
-        for parameters, key, parameter in self._parameters:
-            if parameters[key] is not parameter:
+        for parameters, key, parameter, properties in self._parameters:
+            if parameters[key] is not parameter or _properties(parameter) != properties:
                 return False
         base = self._base
         return (
-            self._dtypes_now() == self._dtypes
-            and base.__dict__.get("compute_dtype") is self._compute_dtype
+            base.__dict__.get("compute_dtype") is self._compute_dtype
             and getattr(base._parameters["weight"], "quant_state", None) is self._quant_state
         )
+
+    def _is_same_dora(self) -> bool:
+        return self._magnitude_modules.get(self._name) is self._magnitude and not self._state["ephemeral_gpu_offload"]
 
     def _drop_state(self) -> Any:
         dropout = self._dropout
         return type(dropout) is nn.Dropout and dropout.training and dropout.p
 
-    def _dtypes_now(self) -> list[tuple[torch.dtype, torch.device, int, bool]]:
-        """What `.data =` and `requires_grad_` change without another parameter."""
-        return [
-            (each.dtype, each.device, each.data_ptr(), each.requires_grad)
-            for _, _, each in self._parameters
-            if each is not None
-        ]
+
+def _properties(parameter: torch.Tensor | None) -> tuple[torch.dtype, int, bool] | None:
+    """What `.data =` and `requires_grad_` change without another parameter; every device has addresses of its own."""
+    return None if parameter is None else (parameter.dtype, parameter.data_ptr(), parameter.requires_grad)

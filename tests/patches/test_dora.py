@@ -73,13 +73,18 @@ def reference64(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Ten
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many projections each call of the fused function computed."""
-    counted, op = [], lora_patches.dora_linears
+    counted, make = [], lora_patches.dora_linears_of
 
-    def dora_linears(x: Any, projections: Any, *args: Any) -> Any:
-        counted.append(len(projections))
-        return op(x, projections, *args)
+    def dora_linears_of(width: int, dtype: Any, projections: Any, *args: Any) -> Any:
+        function = make(width, dtype, projections, *args)
 
-    monkeypatch.setattr(lora_patches, "dora_linears", dora_linears)
+        def call(x: torch.Tensor) -> Any:
+            counted.append(len(projections))
+            return function(x)
+
+        return call
+
+    monkeypatch.setattr(lora_patches, "dora_linears_of", dora_linears_of)
     return counted
 
 
@@ -360,23 +365,62 @@ def test_other_variants():
     assert "variant: Mine" in reason_of(model)
 
 
-@pytest.mark.parametrize("where", ["magnitude", "base", "x of one dimension"])
-def test_at_a_call(where, calls):
-    """Found out when it happens: PEFT's own forward runs, with hooks and all."""
+def hook_the_magnitude(layer: Any) -> None:
+    layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: None)
+
+
+def hook_the_base(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda *_: None)
+
+
+def offload(layer: Any) -> None:
+    layer.ephemeral_gpu_offload = True
+
+
+def drop(layer: Any) -> None:
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("change", [hook_the_magnitude, hook_the_base, offload, drop, None])
+def test_at_a_call(change, before, calls):
+    """Found out when it happens, also where a call was fused before: PEFT's own forward runs, with hooks and all."""
     model = with_dora(tiny_model("llama"))
     layer: Any = model.base_model.model.model.layers[0].self_attn.o_proj
     patched(model)
-    seen: list[int] = []
-    x = torch.randn(64) if where.startswith("x") else torch.randn(2, 3, 64)
-    if where == "magnitude":
-        layer.lora_magnitude_vector["default"].register_forward_hook(lambda *_: seen.append(1))
-    elif where == "base":
-        layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    if before:
+        layer(torch.randn(2, 3, 64))
+        assert calls == [1]
+        calls.clear()
+    x = torch.randn(64) if change is None else torch.randn(2, 3, 64)
+    if change is not None:
+        change(layer)
+    torch.manual_seed(0)
     turbo = layer(x)
     hf_turbo.disable()
+    torch.manual_seed(0)
     assert torch.equal(turbo, layer(x))
     assert not calls
-    assert len(seen) == (0 if where.startswith("x") else 2)
+
+
+def test_magnitudes_that_change(calls):
+    """In place, by `.data`, or for another parameter: the next call sees them."""
+    model = with_dora(tiny_model("llama"))
+    layer: Any = model.base_model.model.model.layers[0].self_attn.o_proj
+    patched(model)
+    x, module = torch.randn(2, 3, 64), layer.lora_magnitude_vector["default"]
+    stock = type(layer).__mro__[1]
+    layer(x)
+    with torch.no_grad():
+        module.weight.mul_(2)
+    results = [(layer(x), stock.forward(layer, x))]
+    module.weight.data = module.weight.data * 3
+    results.append((layer(x), stock.forward(layer, x)))
+    module.weight = nn.Parameter(module.weight.detach() * 5)
+    results.append((layer(x), stock.forward(layer, x)))
+    for turbo, expected in results:
+        torch.testing.assert_close(turbo, expected)
+    assert calls == [1] * 4
 
 
 def test_what_peft_does_with_an_adapter(tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
+from hf_turbo.patches import expanded_weights
 from hf_turbo.patches import lora as lora_patches
 from hf_turbo.patches.engine import forward_of, is_swapped
 from torch import nn
@@ -1513,14 +1514,18 @@ def test_copies_are_stock(base, duplicate, ran):
         assert ran == FUSED
 
 
+def expanders() -> list[expanded_weights.Expander]:
+    return list(expanded_weights._EXPANDERS.values())
+
+
 @pytest.mark.parametrize("name", ["llama", "nf4-double"])
-@pytest.mark.parametrize("expanded_weights", [False, True])
-def test_disable_leaves_no_trace(name, expanded_weights):
+@pytest.mark.parametrize("keep", [False, True])
+def test_disable_leaves_no_trace(name, keep):
     model = CASES[name].make(0)
     expected = run(model, batch())
     modules = list(model.modules())
     before = [(type(each), dict(vars(each))) for each in modules]
-    with turbo(model, expanded_weights=expanded_weights):
+    with turbo(model, expanded_weights=keep):
         run(model, batch())
         assert lora_patches._GROUPS
         assert lora_patches._RECIPES
@@ -1531,9 +1536,8 @@ def test_disable_leaves_no_trace(name, expanded_weights):
             assert vars(module)[key] is value or vars(module)[key] == value, key
     assert not lora_patches._GROUPS
     assert not lora_patches._RECIPES
-    assert not lora_patches._PACKED
-    assert not lora_patches._EXPANDED._kept
-    assert lora_patches._EXPANDED._last is None
+    assert not any(vars(each)[name] for each in expanders() for name in ("keep", "_packed", "_absmax", "_dense"))
+    assert expanded_weights._last is None
     assert_same(run(model, batch()), expected, bits=True)
 
 
@@ -1555,7 +1559,20 @@ def test_a_model_that_is_dropped_is_let_go(name):
         assert [type(part()).__name__ for part in parts if part() is not None] == []
         assert not lora_patches._GROUPS
         assert not lora_patches._RECIPES
-        assert not lora_patches._EXPANDED._kept
+        assert not any(each.keep for each in expanders())
+
+
+def test_a_graph_outlives_its_model():
+    """What backward needs of 4-bit weights is in the graph."""
+    model = CASES["nf4-double"].make(0)
+    with turbo(model):
+        expected = run(model, batch())
+        loss = model(**batch()).loss
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        del model
+        gc.collect()
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in zip(trained, gradients, strict=True))
 
 
 def test_adapters_come_and_go_while_patched(ran, tmp_path):
@@ -1663,14 +1680,14 @@ def test_layers_that_got_adapters_later_are_patched_when_met_again(ran):
 def expanded(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref]:
     """All weights expanded, in order."""
     weights: list[weakref.ref] = []
-    expand = lora_patches._expand
+    expand = expanded_weights._expand
 
     def recorded(*args: Any) -> torch.Tensor:
         weight = expand(*args)
         weights.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(lora_patches, "_expand", recorded)
+    monkeypatch.setattr(expanded_weights, "_expand", recorded)
     return weights
 
 
@@ -1708,7 +1725,7 @@ def test_recomputed_layers_expand_down_once(keep, use_reentrant, expanded):
             run(model, batch())
             assert len(expanded) == (14 if keep else 40 * step)
             assert alive(expanded) == (14 if keep else 0)
-            assert lora_patches._EXPANDED._last is None
+            assert expanded_weights._last is None
     assert alive(expanded) == 0
 
 
