@@ -255,11 +255,8 @@ class _Walk(ProcessPatch):
         wrapped = any(hasattr(getattr(owner, body), "__wrapped__") for body in bodies)
         self._understood = not wrapped and class_fingerprint(owner, *bodies) in _BODIES
 
-    def conflict(self) -> str | None:
-        current = self._get()
-        if current is self._replacement or (self._understood and current is self._original):
-            return None
-        return f"unknown {self._owner.__name__}.{self._name}"
+    def can_apply(self) -> bool:
+        return self._get() is self._replacement or (self._understood and super().can_apply())
 
 
 # The stock bodies that a replacement unrolls, of torch 2.11 to 2.13 and transformers 5.17 to 5.23.
@@ -289,10 +286,9 @@ def find() -> Finding:
     walks = (*_WALKS, *((_num_parameters_walk(mixin),) if hasattr(mixin, "num_parameters") else ()))
     finding.found = len(walks)
     for walk in walks:
-        reason = walk.conflict()
-        if reason is None:
+        if walk.can_apply():
             finding.patched += 1
             finding.patches.append(walk)
         else:
-            finding.refuse(reason)
+            finding.refuse(f"unknown {walk.id.partition(':')[2]}")
     return finding

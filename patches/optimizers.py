@@ -28,7 +28,16 @@ from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Rates
 from hf_turbo.kernels.clip_grad_norm import clip_grad_norm
 from torch.optim import Optimizer
 
-from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, look_like, same_name_subclass
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    ProcessPatch,
+    is_live,
+    is_plain,
+    look_like,
+    same_name_subclass,
+)
 
 _BITSANDBYTES = {"AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"}
 _STOCK_STEPS = {"torch.optim.adam:Adam.step", "bitsandbytes.optim.optimizer:Optimizer8bit.step"}
@@ -477,30 +486,11 @@ def _scheduled_step(optimizer: Optimizer, scheduled: Any) -> Callable[..., Any]:
 # ------------------------------------------------------------------------------------------------------------ clipping
 
 
-class _ClipPatch(Patch):
-    """Replaces `torch.nn.utils.clip_grad_norm_` as long as any optimizer is patched."""
-
-    id = "optimizer:clip_grad_norm_"
-    _users = 0
-    _stock: Any = None
-    _replacement: Any = None
-
-    def apply(self) -> None:
-        cls = _ClipPatch
-        cls._users += 1
-        if cls._users == 1:
-            cls._stock = torch.nn.utils.clip_grad_norm_
-            cls._replacement = torch.nn.utils.clip_grad_norm_ = _make_clip(cls._stock)
-
-    def revert(self) -> bool:
-        cls = _ClipPatch
-        cls._users -= 1
-        if cls._users:
-            return True
-        if torch.nn.utils.clip_grad_norm_ is not cls._replacement:
-            return False
-        torch.nn.utils.clip_grad_norm_ = cls._stock
-        return True
+@functools.cache
+def _clip_patch() -> ProcessPatch:
+    """Of `torch.nn.utils.clip_grad_norm_`, for all optimizers."""
+    utils = torch.nn.utils
+    return ProcessPatch("optimizer:clip_grad_norm_", utils, "clip_grad_norm_", _make_clip(utils.clip_grad_norm_))
 
 
 def _make_clip(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -521,7 +511,6 @@ def _make_clip(stock: Callable[..., Any]) -> Callable[..., Any]:
             parameters = (parameter for parameter in parameters)  # stock warns of that
         return stock(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
-    look_like(clip_grad_norm_, stock)
     return clip_grad_norm_
 
 
@@ -606,7 +595,11 @@ def find(optimizer: Any, note: Callable[[str], None], on_cpu: bool = False) -> F
         finding.refuse(reason)
         return finding
     finding.patched = 1
-    finding.patches = [_StepPatch(optimizer, _Stepper(on_cpu, note)), _ClipPatch()]
+    finding.patches = [_StepPatch(optimizer, _Stepper(on_cpu, note))]
+    if _clip_patch().can_apply():
+        finding.patches.append(_clip_patch())
+    else:
+        note("torch.nn.utils.clip_grad_norm_ was replaced, and clips as it does")
     return finding
 
 

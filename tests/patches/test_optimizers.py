@@ -682,6 +682,17 @@ def test_loss_scaling(patch, fused):
     assert_close(model, twin)
 
 
+def test_a_clip_function_of_somebody_else_is_left_alone(patch, monkeypatch):
+    optimizers._clip_patch()
+    mine = lambda parameters, max_norm: None  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", mine)
+    notes, revert = patch(torch.optim.AdamW(Model(torch.device("cpu")).parameters()))
+    assert torch.nn.utils.clip_grad_norm_ is mine
+    assert notes == ["torch.nn.utils.clip_grad_norm_ was replaced, and clips as it does"]
+    assert all(revert())
+    assert torch.nn.utils.clip_grad_norm_ is mine
+
+
 def test_on_the_cpu_auto_is_stock():
     hf_turbo.enable()
     model = nn.Linear(3, 3)
