@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable as _once_differentiable
 
 _LIBRARY = torch.library.Library("hf_turbo", "DEF")
 
@@ -45,6 +46,17 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
         return implementation(*args)
 
     return op
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's decorator of the same name, at no cost where the gradient is not recorded: nearly always."""
+    checked = _once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def cheap(ctx: Any, *gradients: Any) -> Any:
+        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+
+    return cheap
 
 
 def no_output(*_: Any) -> None:

@@ -38,9 +38,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, launch, multiprocessors, register_op, use_triton
+from ._launch import cdiv, launch, multiprocessors, once_differentiable, register_op, use_triton
 from .lora import (
     MAX_RANK_BLOCK,
     Projection,

@@ -37,9 +37,8 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, in_rows, launch, register_op, rows_of, use_triton, with_rows
+from ._launch import cdiv, in_rows, launch, once_differentiable, register_op, rows_of, use_triton, with_rows
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 

@@ -32,9 +32,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, in_rows, launch, register_op, rows_of, use_triton, with_rows
+from ._launch import cdiv, in_rows, launch, once_differentiable, register_op, rows_of, use_triton, with_rows
 from .rms_norm import MAX_WIDTH, persistent_grid, sum_partials, tile_of
 
 # ---------------------------------------------------------------------------------------------------- torch reference

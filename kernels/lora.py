@@ -39,9 +39,8 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, launch, no_output, register_op, use_triton
+from ._launch import cdiv, launch, no_output, once_differentiable, register_op, use_triton
 
 # The dense weight [N, K] from the packed one, its dtype, and whether it is for a gradient.
 Expand = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
@@ -243,7 +242,7 @@ MAX_RANK_BLOCK = 64
 
 
 def rank_block(rank: int) -> int:
-    return next(block for block in (16, 32, MAX_RANK_BLOCK) if block >= min(rank, MAX_RANK_BLOCK))
+    return 16 if rank <= 16 else 32 if rank <= 32 else MAX_RANK_BLOCK
 
 
 def _threshold(dropout: float) -> int:
@@ -455,8 +454,7 @@ class Layout:
         given = [each for each in (*a, *b) if each is not None]
         self._as_they_are = len(given) <= 2 and all(each.dtype == low and each.is_contiguous() for each in given)
         self._low, self._order = low, []
-        self._places: list[tuple[_Place | None, list[_Place | None]]] = []
-        self.stacks: list[Stack] = []
+        self._places: list[tuple[_Place | None, list[_Place | None], Stack]] = []
         offset, start = 0, 0
         for size in sizes:
             members = range(start, start + size)
@@ -481,17 +479,16 @@ class Layout:
                 self._order.append((1, i))
                 b_places.append((tuple(b_i.shape), (b_i.shape[1], 1), offset))  # type: ignore[arg-type]
                 offset += b_i.numel()
-            self._places.append((place, b_places))
             scalings = {scaling[i] for i in members if a[i] is not None}
             together = len(scalings) == 1 and not any(dropout[i] for i in members)
-            self.stacks.append(
-                Stack(
-                    tuple(columns),
-                    tuple(scaling[i] for i in members),
-                    tuple(dropout[i] for i in members),
-                    scalings.pop() if together else None,
-                )
+            stack = Stack(
+                tuple(columns),
+                tuple(scaling[i] for i in members),
+                tuple(dropout[i] for i in members),
+                scalings.pop() if together else None,
             )
+            self._places.append((place, b_places, stack))
+        self.stacks = [stack for _, _, stack in self._places]
 
     def gather(
         self, a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]
@@ -505,19 +502,18 @@ class Layout:
 
     def adapters(self, gathered: Sequence[torch.Tensor]) -> list[Adapters]:
         """The adapters of each input."""
-        if len(gathered) == 1:
-            flat = gathered[0]
-
-            def at(place: _Place | None, which: int) -> torch.Tensor | None:
-                return None if place is None else flat.as_strided(*place)
-        else:
-
-            def at(place: _Place | None, which: int) -> torch.Tensor | None:
-                return None if place is None else gathered[which]
-
+        if self._as_they_are:
+            a, b = gathered or (None, None)
+            return [
+                Adapters(a if a_place else None, [b if place else None for place in b_places], stack)
+                for a_place, b_places, stack in self._places
+            ]
+        view = gathered[0].as_strided
         return [
-            Adapters(at(a, 0), [at(each, 1) for each in b], stack)
-            for (a, b), stack in zip(self._places, self.stacks, strict=True)
+            Adapters(
+                view(*a_place) if a_place else None, [view(*place) if place else None for place in b_places], stack
+            )
+            for a_place, b_places, stack in self._places
         ]
 
 
@@ -596,7 +592,7 @@ def dense(weight: torch.Tensor, expand: Expand | None, dtype: torch.dtype, backw
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """x @ weight^T + bias, computed in the dtype of x, in a contiguous tensor of `dtype`."""
-    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
+    y = torch.nn.functional.linear(x, weight, bias if bias is None else bias.to(x.dtype))
     return y if y.dtype == dtype else y.to(dtype)
 
 

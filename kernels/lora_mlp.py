@@ -28,9 +28,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, launch, register_op, use_triton
+from ._launch import cdiv, launch, once_differentiable, register_op, use_triton
 from .glu import ACTIVATIONS, reference_backward, reference_forward, share_of, slope_of
 from .lora import (
     MAX_RANK_BLOCK,

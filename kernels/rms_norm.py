@@ -34,9 +34,18 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import cdiv, in_rows, launch, multiprocessors, register_op, rows_of, use_triton, with_rows
+from ._launch import (
+    cdiv,
+    in_rows,
+    launch,
+    multiprocessors,
+    once_differentiable,
+    register_op,
+    rows_of,
+    use_triton,
+    with_rows,
+)
 
 MAX_WIDTH = 65536  # a program holds whole rows in registers
 

@@ -37,9 +37,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import launch, register_op, use_triton
+from ._launch import launch, once_differentiable, register_op, use_triton
 
 # ---------------------------------------------------------------------------------------------------- torch reference
 
