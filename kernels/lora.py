@@ -426,15 +426,17 @@ class Adapters(NamedTuple):
     stack: Stack
 
 
-# Size, stride and offset of a matrix in a flat tensor.
-_Place = tuple[tuple[int, int], tuple[int, int], int]
+# Where a matrix is among what was gathered: size, stride and offset in the first tensor, or the number of its own.
+_Place = tuple[tuple[int, int], tuple[int, int], int] | int
+# Elements. Matrices larger than this are not copied for the host's sake: 14,336 x 64 is copied, 14,336 x 128 is not.
+_COPIED_AT_MOST = 2**20
 
 
 class Layout:
     """How the adapters of some projections lie in memory while they are used: in `low`, those of one input stacked.
 
-    Several adapters, or ones of another dtype, are copied into one flat tensor by one launch. It is then all that a
-    backward pass has to save of them: a tensor that is saved costs host time, most of all under checkpointing.
+    What has to be stacked or cast is copied into one flat tensor by one launch, and small matrices with it. A backward
+    pass then has one tensor to save instead of many; each would cost host time, most of all under checkpointing.
 
     Args:
         a, b, scaling, dropout: of each projection, as in Projection. Six matrices at most.
@@ -451,70 +453,70 @@ class Layout:
         low: torch.dtype,
         sizes: Sequence[int],
     ):
-        given = [each for each in (*a, *b) if each is not None]
-        self._as_they_are = len(given) <= 2 and all(each.dtype == low and each.is_contiguous() for each in given)
-        self._low, self._order = low, []
-        self._places: list[tuple[_Place | None, list[_Place | None], Stack]] = []
-        offset, start = 0, 0
+        inputs, start = [], 0
         for size in sizes:
-            members = range(start, start + size)
+            inputs.append(range(start, start + size))
             start += size
-            columns, end, width = [], 0, 0
+        adapted = [[i for i in members if a[i] is not None] for members in inputs]
+        # A matrix is (0, i) for A_i and (1, i) for B_i; those of an input are in order, A first.
+        given: dict[tuple[int, int], Any] = {
+            (kind, i): matrices[i] for members in adapted for kind, matrices in enumerate((a, b)) for i in members
+        }
+        copied = {(0, i) for members in adapted for i in members if len(members) > 1}
+        copied |= {key for key, each in given.items() if each.dtype != low or not each.is_contiguous()}
+        if copied:
+            copied |= {key for key, each in given.items() if each.numel() <= _COPIED_AT_MOST}
+        self._low = low
+        self._copied = [key for key in given if key in copied]
+        self._kept = [key for key in given if key not in copied]
+        places: dict[tuple[int, int], _Place] = {}
+        offset = 0
+        for key in self._copied:
+            rows, columns = given[key].shape
+            places[key] = ((rows, columns), (columns, 1), offset)
+            offset += rows * columns
+        for number, key in enumerate(self._kept, start=bool(copied)):
+            places[key] = number
+
+        self._places: list[tuple[_Place | None, list[_Place | None], Stack]] = []
+        for members, present in zip(inputs, adapted, strict=True):
+            columns_of, end = [], 0
             for i in members:
-                a_i = a[i]
-                rank = 0
-                if a_i is not None:
-                    rank, width = a_i.shape
-                    self._order.append((0, i))
-                columns.append(slice(end, end + rank))
+                rank = given[0, i].shape[0] if i in present else 0
+                columns_of.append(slice(end, end + rank))
                 end += rank
-            place = None if all(a[i] is None for i in members) else ((end, width), (width, 1), offset)
-            offset += end * width
-            b_places: list[_Place | None] = []
-            for i in members:
-                b_i = b[i]
-                if b_i is None:
-                    b_places.append(None)
-                    continue
-                self._order.append((1, i))
-                b_places.append((tuple(b_i.shape), (b_i.shape[1], 1), offset))  # type: ignore[arg-type]
-                offset += b_i.numel()
-            scalings = {scaling[i] for i in members if a[i] is not None}
+            stacked = places[0, present[0]] if present else None
+            if isinstance(stacked, tuple):
+                (_, width), strides, first = stacked
+                stacked = ((end, width), strides, first)
+            scalings = {scaling[i] for i in present}
             together = len(scalings) == 1 and not any(dropout[i] for i in members)
             stack = Stack(
-                tuple(columns),
+                tuple(columns_of),
                 tuple(scaling[i] for i in members),
                 tuple(dropout[i] for i in members),
                 scalings.pop() if together else None,
             )
-            self._places.append((place, b_places, stack))
+            self._places.append((stacked, [places.get((1, i)) for i in members], stack))
         self.stacks = [stack for _, _, stack in self._places]
 
-    def gather(
-        self, a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]
-    ) -> tuple[()] | tuple[torch.Tensor] | tuple[torch.Tensor, torch.Tensor]:
-        """What `adapters` makes the matrices from, and backward has to save: nothing, one flat tensor, or A and B."""
-        if self._as_they_are:
-            return tuple(each for each in (*a, *b) if each is not None)  # type: ignore[return-value]
-        matrices = (a, b)
-        tensors = [matrices[kind][i] for kind, i in self._order]
-        return (_lora_pack(tensors, self._low),)
+    def gather(self, a: Sequence[torch.Tensor | None], b: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor, ...]:
+        """What `adapters` makes the matrices from, and backward has to save."""
+        matrices: Any = (a, b)
+        kept = tuple(matrices[kind][i] for kind, i in self._kept)
+        if not self._copied:
+            return kept
+        return _lora_pack([matrices[kind][i] for kind, i in self._copied], self._low), *kept
 
     def adapters(self, gathered: Sequence[torch.Tensor]) -> list[Adapters]:
         """The adapters of each input."""
-        if self._as_they_are:
-            a, b = gathered or (None, None)
-            return [
-                Adapters(a if a_place else None, [b if place else None for place in b_places], stack)
-                for a_place, b_places, stack in self._places
-            ]
-        view = gathered[0].as_strided
-        return [
-            Adapters(
-                view(*a_place) if a_place else None, [view(*place) if place else None for place in b_places], stack
-            )
-            for a_place, b_places, stack in self._places
-        ]
+
+        def at(place: _Place | None) -> torch.Tensor | None:
+            if place is None:
+                return None
+            return gathered[place] if isinstance(place, int) else gathered[0].as_strided(*place)
+
+        return [Adapters(at(a), [at(each) for each in b], stack) for a, b, stack in self._places]
 
 
 def low_rank_inputs(x: torch.Tensor, adapters: Adapters, seeds: Sequence[int]) -> torch.Tensor | None:

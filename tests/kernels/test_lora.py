@@ -529,6 +529,22 @@ def test_saved_tensors(device, layers, low, dropout):
     assert sorted(own) == sorted(budget)
 
 
+@pytest.mark.parametrize("layers", [ONE, QKV, (QKV[0], Layer(24, 0), QKV[1])], ids=["one", "three", "two of three"])
+def test_large_matrices_are_copied_only_if_they_must_be(device, layers, monkeypatch):
+    """A_i that are stacked; B_i stay where they are. The numbers are the same."""
+    inputs = inputs_of(layers, device, BF16, BF16)
+    expected = outputs_and_gradients(turbo_of(layers), inputs)
+    monkeypatch.setattr(module, "_COPIED_AT_MOST", 0)
+    assert_same_bits(outputs_and_gradients(turbo_of(layers), inputs), expected)
+    kept = saved_by(lambda: turbo_of(layers)(**inputs))
+    adapted = [i for i, layer in enumerate(layers) if layer.rank]
+    given = [inputs["x"], *(inputs[f"b{i}"] for i in adapted), *([inputs["a0"]] if len(adapted) == 1 else [])]
+    assert storages(given) == storages(kept) & storages(inputs.values())
+    own = [t.untyped_storage().nbytes() for t in kept if t.untyped_storage().data_ptr() not in storages(given)]
+    rank, rows = sum(layer.rank for layer in layers), inputs["x"].numel() // INPUTS
+    assert sum(own) == 2 * rank * (rows + (INPUTS if len(adapted) > 1 else 0))
+
+
 def test_a_weight_changed_before_backward_is_an_error(device):
     """Dense ones, as in autograd; a packed weight that was expanded is nobody's input."""
     inputs = inputs_of(QKV, device)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_turbo.kernels import lora
 from hf_turbo.kernels.glu import ACTIVATIONS
 from hf_turbo.kernels.lora import Projection
 from hf_turbo.kernels.lora_mlp import lora_gated_mlp
@@ -426,15 +427,32 @@ def test_same_bits_twice_and_backward_twice(device, layers):
 @BOTH
 @pytest.mark.parametrize("low", [BF16, FP32])
 def test_saved_tensors(device, low, layers):
-    """x, gate and up, both S, and all adapters in one tensor. Not h; frozen weights are there anyway."""
+    """x, gate and up, both S, and adapters: in one tensor where they had to be cast or stacked. Not h."""
     inputs = inputs_of(layers, device, BF16, FP32, (2, 100, INPUTS))
     kept = saved_by(lambda: turbo_of(layers, low=low)(**inputs))
-    assert storages(kept) & storages(inputs.values()) == storages([inputs["x"]])
-    own = [t.untyped_storage().nbytes() for t in kept if t.untyped_storage().data_ptr() != inputs["x"].data_ptr()]
-    rank, down = sum(layer.rank for layer in layers), layers[-1]
-    adapters = (rank - down.rank) * INPUTS + down.rank * INNER + sum(layer.rank * layer.outputs for layer in layers)
-    assert sum(own) == 200 * 2 * INNER * 2 + (200 * rank + adapters) * low.itemsize
-    assert len(own) == len(layers) + 2
+    as_they_are = low == FP32 and len(layers) == 2
+    adapters = [inputs[name] for name in inputs if name[0] in "ab"]
+    given = storages([inputs["x"], *(adapters if as_they_are else [])])
+    assert storages(kept) & storages(inputs.values()) == given
+    own = [t.untyped_storage().nbytes() for t in kept if t.untyped_storage().data_ptr() not in given]
+    budget = 200 * 2 * INNER * 2 + 200 * sum(layer.rank for layer in layers) * low.itemsize
+    if not as_they_are:
+        budget += sum(each.numel() for each in adapters) * low.itemsize
+    assert sum(own) == budget
+    assert len(own) == len(layers) + (1 if as_they_are else 2)
+
+
+@BOTH
+def test_large_matrices_are_copied_only_if_they_must_be(device, layers, monkeypatch):
+    """A of gate and up, which are stacked. The numbers are the same."""
+    inputs = inputs_of(layers, device, BF16, BF16)
+    expected = outputs_and_gradients(turbo_of(layers), inputs)
+    monkeypatch.setattr(lora, "_COPIED_AT_MOST", 0)
+    assert_same_bits(outputs_and_gradients(turbo_of(layers), inputs), expected)
+    kept = storages(saved_by(lambda: turbo_of(layers)(**inputs)))
+    last, stacked = len(layers) - 1, len(layers) == 3
+    names = ["x", f"a{last}", *(f"b{i}" for i in range(len(layers))), *([] if stacked else ["a0"])]
+    assert kept & storages(inputs.values()) == storages(inputs[name] for name in names)
 
 
 @BOTH
