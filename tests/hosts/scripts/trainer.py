@@ -1,6 +1,7 @@
 """A plain `transformers.Trainer` script: causal language modelling on random tokens. Usage: trainer.py OUTPUT_DIR."""
 
 import sys
+import time
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
@@ -41,6 +42,7 @@ if __name__ == "__main__":
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=RandomTokens(16, 16, config.vocab_size))
     trainer.train()
-    # Without it gloo's threads may outlive the interpreter, which ends a process of torchrun with SIGABRT now and then
-    # (pytorch/pytorch#190489), with and without hf_turbo.
+    # At the end of a process gloo's threads must hold no tensors of Python any more, or it aborts now and then, with
+    # and without hf_turbo (pytorch/pytorch#179291, #190489). The pause lets them finish with the last collective.
+    time.sleep(1)
     trainer.accelerator.end_training()
