@@ -1,9 +1,9 @@
 """4-bit weights of bitsandbytes, expanded for a product with them, and how long the result lives.
 
 A weight is expanded for every use, into memory that the allocator hands from one to the next. Two kinds live longer:
-those that are kept for the whole training because the user said so, and the last one that recomputation (under
-checkpointing) used of a block, until its gradient uses it again. The weight of `down_proj` is the last of its block in
-recompute and the first in backward, so that keeping it takes no memory at the peak.
+those that are kept for the whole training because the user said so, and those that recomputation (under checkpointing)
+has used, until the gradient of the same layer uses them again. The latter wait while the layer's gradients take the
+most memory, so they may not be many bytes; but the last weight of a block is the first in backward, and costs nothing.
 """
 
 from __future__ import annotations
@@ -32,22 +32,28 @@ class Expander:
 
     def __call__(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
         """The weight [N, K] in `dtype`, the same bits as bitsandbytes gives."""
-        if not self.keep:
-            return _expand(self, state, packed, dtype)
-        dense = self._dense
-        if dense is None or dense.dtype != dtype or dense.device != packed.device:
-            dense = self._dense = _expand(self, state, packed, dtype)
-        return dense
+        return self._expand(state, packed, dtype, backward, MOST_WAITING_BYTES)
 
     def last_of_its_block(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
-        """The same; from recomputation to the gradient that follows, it is expanded once."""
-        global _last
-        last, _last = _last, None
-        if backward and last is not None and last[0] is self and last[1].dtype == dtype:
-            return last[1]
-        dense = self(state, packed, dtype, backward)
-        if not backward and torch._C._current_graph_task_id() != -1:  # in a backward pass: this is recomputation
-            _last = (self, dense)
+        """The same, for a weight whose use in recomputation is followed by that of its gradient."""
+        return self._expand(state, packed, dtype, backward, sys.maxsize)
+
+    def _expand(
+        self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool, most_waiting: int
+    ) -> torch.Tensor:
+        dense = self._dense if self.keep else _WAITING.pop(self, None) if backward else None
+        if dense is not None and dense.dtype == dtype and dense.device == packed.device:
+            return dense
+        dense = _expand(self, state, packed, dtype)
+        if self.keep:
+            self._dense = dense
+        elif not backward:
+            if torch._C._current_graph_task_id() == -1:
+                # No backward pass, so this is no recomputation. What still waits had no gradient to wait for.
+                _WAITING.clear()
+            # A list: each device has a thread of its own for backward.
+            elif dense.nbytes + sum(each.nbytes for each in list(_WAITING.values())) <= most_waiting:
+                _WAITING[self] = dense
         return dense
 
     def packed(self, state: Any, packed: torch.Tensor) -> Packed4bit:
@@ -74,7 +80,10 @@ def _expand(expander: Expander, state: Any, packed: torch.Tensor, dtype: torch.d
 
 
 _EXPANDERS = WeakIdKeyDictionary()  # by QuantState, which cannot be hashed
-_last: tuple[Expander, torch.Tensor] | None = None
+# Expanded by recomputation, for the gradients that follow.
+_WAITING: dict[Expander, torch.Tensor] = {}
+# The four projections of the attention of an 8B model take 80 MiB, one of its MLP 112.
+MOST_WAITING_BYTES = 2**27
 
 
 def expander_of(state: Any) -> Expander:
@@ -85,14 +94,13 @@ def expander_of(state: Any) -> Expander:
     return expander
 
 
-def forget_last() -> None:
+def forget_waiting() -> None:
     """Where recomputation was not followed by a gradient: an error between them."""
-    global _last
-    _last = None
+    _WAITING.clear()
 
 
 def let_go() -> None:
     """Holds no tensors any more, so that a model which is moved now leaves nothing behind."""
-    forget_last()
+    forget_waiting()
     for expander in list(_EXPANDERS.values()):
         expander.let_go()

@@ -485,7 +485,7 @@ class _LayerSwap(ClassSwap):
     """The swap of one layer, which takes along what was kept of it."""
 
     def revert(self) -> bool:
-        expanded_weights.forget_last()
+        expanded_weights.forget_waiting()
         module = self._module()
         if isinstance(module, nn.Module):
             _RECIPES.pop(module, None)

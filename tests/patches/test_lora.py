@@ -1537,7 +1537,7 @@ def test_disable_leaves_no_trace(name, keep):
     assert not lora_patches._GROUPS
     assert not lora_patches._RECIPES
     assert not any(vars(each)[name] for each in expanders() for name in ("keep", "_packed", "_absmax", "_dense"))
-    assert expanded_weights._last is None
+    assert not expanded_weights._WAITING
     assert_same(run(model, batch()), expected, bits=True)
 
 
@@ -1714,23 +1714,41 @@ def test_expanded_weights_are_the_same_numbers(precision, expanded):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("keep", [False, True])
-def test_recomputed_layers_expand_down_once(keep, use_reentrant, expanded):
-    """14 in forward, 14 in backward, and 12 in recomputation: the weight of down is the last there and the first in
-    backward, and so kept in between; or, without reentrance, not recomputed at all."""
+@pytest.mark.parametrize(("keep", "waiting", "count"), [(False, 2**27, 28), (False, 0, 40), (True, 2**27, 14)])
+def test_recomputed_layers_expand_once_for_both(keep, waiting, count, use_reentrant, expanded, monkeypatch):
+    """14 in forward and 14 in recomputation, whose gradients use the same; where nothing may wait for that, all but the
+    weights of down, the last there and the first in backward. Without reentrance those are not recomputed at all.
+    """
+    monkeypatch.setattr(expanded_weights, "MOST_WAITING_BYTES", waiting)
     model = CASES["nf4-double"].make(0)
+    with turbo(model):
+        expected = {name: value.clone() for name, value in run(model, batch()).items()}
+    expanded.clear()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     with turbo(model, expanded_weights=keep):
         for step in range(1, 3):
-            run(model, batch())
-            assert len(expanded) == (14 if keep else 40 * step)
+            actual = {name: value.clone() for name, value in run(model, batch()).items()}
+            assert len(expanded) == (14 if keep else count * step)
             assert alive(expanded) == (14 if keep else 0)
-            assert expanded_weights._last is None
+            assert not expanded_weights._WAITING
     assert alive(expanded) == 0
+    assert_same(actual, expected, bits=True)
+
+
+def test_what_waits_in_vain_goes_with_the_next_forward(expanded):
+    """The first layer needs no gradient of its input, so none for the weights that made q, k and v of it."""
+    model = CASES["nf4-double"].make(0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    with turbo(model):
+        model(inputs_embeds=inputs).logits.sum().backward()
+        assert alive(expanded) == len(expanded_weights._WAITING) == 3
+        model(inputs_embeds=inputs)
+        assert alive(expanded) == 0
 
 
 def test_a_backward_that_fails_leaves_nothing_behind(expanded):
-    """Between recomputation and backward of an MLP: its last weight waits there."""
+    """Between recomputation and backward of an MLP: the weights of its layer wait there."""
     model = CASES["nf4-double"].make(0)
     model.gradient_checkpointing_enable({"use_reentrant": True})
 
@@ -1747,7 +1765,7 @@ def test_a_backward_that_fails_leaves_nothing_behind(expanded):
         with pytest.raises(RuntimeError, match="out of memory"):
             run(model, batch())
         handle.remove()
-        assert alive(expanded) <= 1
+        assert alive(expanded) == 7
         run(model, batch())
         assert alive(expanded) == 0
         handle = mlp.register_forward_hook(listen)
