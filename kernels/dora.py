@@ -529,7 +529,7 @@ class _DoRALinears(torch.autograd.Function):
         (adapters,) = static.layout.adapters(rest[3 * count :])
         b, stack = adapters.b, adapters.stack
         need_x, _, *need = ctx.needs_input_grad
-        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need[: 3 * count], strict=True)]
+        dtypes = static.wanted(need[: 3 * count])
         gradients: list[torch.Tensor | None] = [None] * (4 * count)
         dx = ds = None
         if s is not None and (need_x or any(need[count : 2 * count])):

@@ -612,6 +612,10 @@ class Static(NamedTuple):
     low: torch.dtype
     out: torch.dtype
 
+    def wanted(self, needed: Sequence[bool]) -> list[torch.dtype | None]:
+        """The dtypes of the gradients that are needed, of all biases, all A, all B; None for the others."""
+        return [dtype if need else None for dtype, need in zip(self.dtypes, needed, strict=True)]
+
     def versions(self) -> list[int]:
         return [weight._version for weight, expand in zip(self.weights, self.expand, strict=True) if expand is None]
 
@@ -674,7 +678,7 @@ class _LoRALinears(torch.autograd.Function):
         x, s, *gathered = ctx.saved_tensors
         (adapters,) = static.layout.adapters(gathered)
         need_x, _, *need = ctx.needs_input_grad
-        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need, strict=True)]
+        dtypes = static.wanted(need)
         gradients: list[torch.Tensor | None] = [None] * (3 * count)
         dx = ds = None
         if s is not None and (need_x or any(need[count : 2 * count])):

@@ -416,7 +416,7 @@ class _Hidden(torch.autograd.Function):
         x, gate, up, s, s_down, *gathered = ctx.saved_tensors
         into, down = static.layout.adapters(gathered)
         need_x, _, _, _, *need = ctx.needs_input_grad
-        dtypes = [dtype if needed else None for dtype, needed in zip(static.dtypes, need, strict=True)]
+        dtypes = static.wanted(need)
         bias_dtypes, a_dtypes, b_dtypes = (dtypes[i * count : (i + 1) * count] for i in range(3))
         biases: list[torch.Tensor | None] = [None] * count
         a: list[torch.Tensor | None] = [None] * count

@@ -32,13 +32,13 @@ class Expander:
 
     def __call__(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
         """The weight [N, K] in `dtype`, the same bits as bitsandbytes gives."""
-        return self._expand(state, packed, dtype, backward, MOST_WAITING_BYTES)
+        return self._reuse_or_expand(state, packed, dtype, backward, MOST_WAITING_BYTES)
 
     def last_of_its_block(self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool) -> torch.Tensor:
         """The same, for a weight whose use in recomputation is followed by that of its gradient."""
-        return self._expand(state, packed, dtype, backward, sys.maxsize)
+        return self._reuse_or_expand(state, packed, dtype, backward, sys.maxsize)
 
-    def _expand(
+    def _reuse_or_expand(
         self, state: Any, packed: torch.Tensor, dtype: torch.dtype, backward: bool, most_waiting: int
     ) -> torch.Tensor:
         dense = self._dense if self.keep else _WAITING.pop(self, None) if backward else None
@@ -50,7 +50,7 @@ class Expander:
         elif not backward:
             if torch._C._current_graph_task_id() == -1:
                 # No backward pass, so this is no recomputation. What still waits had no gradient to wait for.
-                _WAITING.clear()
+                forget_waiting()
             # A list: each device has a thread of its own for backward.
             elif dense.nbytes + sum(each.nbytes for each in list(_WAITING.values())) <= most_waiting:
                 _WAITING[self] = dense
