@@ -27,6 +27,7 @@ class TurboConfig:
             projections, and whole gated MLPs, are one function together.
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory.
+        checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
             the computation; "auto" where the copies hide behind it.
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
@@ -46,6 +47,7 @@ class TurboConfig:
     rope: Choice = "auto"
     loss: Choice = "auto"
     lora: Choice = "auto"
+    checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"
     host: Choice = "auto"

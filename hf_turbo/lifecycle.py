@@ -68,7 +68,7 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import conflicts, head, lora, mlp, norms, rope
+        from hf_turbo.patches import checkpointing, conflicts, head, lora, mlp, norms, rope
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -92,7 +92,11 @@ class _Activation:
         }
         if self.config.lora is True or lora.concerns(model):
             roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
-        offload = self._offload(model, trainer, by_loop)
+        asked = None if trainer is None else checkpointing.trainer_asks(trainer)
+        if self.config.checkpointing is True or (asked is not False and checkpointing.layers_of(model)):
+            against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
+            roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)
+        offload = self._offload(model, trainer, asked, by_loop)
         if offload is not None:
             roles["offload"] = (offload[0], conflict or offload[1])
         name = _model_name(model)
@@ -109,7 +113,7 @@ class _Activation:
         self._met.add(model)
 
     def _offload(
-        self, model: nn.Module, trainer: Any, by_loop: bool
+        self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
     ) -> tuple[Callable[[], Finding], str | None] | None:
         """How to find layers to offload, and what is against it; None where there is nothing to offload from."""
         from hf_turbo.patches import checkpointing, host_memory
@@ -129,13 +133,12 @@ class _Activation:
             return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
 
         def find() -> Finding:
-            asked = None if trainer is None else checkpointing.trainer_asks(trainer)
             processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
             budget = host_budget(host_memory.available(), processes)
-            return checkpointing.find(model, asked=asked, why_not=why_not, budget=budget)
+            return checkpointing.find_offload(model, asked=asked, why_not=why_not, budget=budget)
 
         conflict = None if can_copy else f"nothing to offload from: training on {device.type}"
-        return find, conflict or (checkpointing.trainer_conflict(trainer) if trainer is not None else None)
+        return find, conflict or (checkpointing.offload_conflict(trainer) if trainer is not None else None)
 
     def meet_optimizer(self, optimizer: Any, accelerator: Any) -> None:
         """Patches an optimizer that is about to be prepared, and records its row."""

@@ -1,13 +1,14 @@
-"""Gradient checkpointing of transformers: the inputs of checkpointed layers wait in host memory.
+"""Gradient checkpointing of transformers: recomputed with less host time, and inputs of layers in host memory.
 
-Where a script asks for checkpointing, each layer keeps its input for recomputation: tokens x hidden size per layer.
-They are copied to pinned host memory while the following layers compute, and return one layer ahead of backward, with
-the same bits. A layer calls whatever function was put into its attribute `_gradient_checkpointing_func`; a property of
-its class hands that out wrapped, and so outlives TRL's switching checkpointing off and on around generation and
-reference passes. The attribute itself stays as the host wrote it.
+A layer calls whatever function was put into its attribute `_gradient_checkpointing_func`; a property of its class hands
+that out wrapped, and so outlives TRL's switching checkpointing off and on around generation and reference passes. The
+attribute itself stays as the host wrote it. Two features, each with layers of its own:
 
-torch's checkpoint saves the layer's inputs, and nothing of its inside, through the hooks that surround its call, in
-both of its forms. Only the hidden states leave: masks and position embeddings are shared by all layers.
+* Where the function is torch's checkpoint without reentrant autograd, recomputation.py does the same.
+* Each checkpointed layer keeps its input for recomputation: tokens x hidden size per layer. They are copied to pinned
+  host memory while the following layers compute, and return one layer ahead of backward, with the same bits. Checkpoint
+  saves the layer's inputs, and nothing of its inside, through the hooks that surround its call, in all of its forms.
+  Only the hidden states leave: masks and position embeddings are shared by all layers.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import recomputation
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
 
@@ -34,6 +36,8 @@ COPIES: dict[str, Callable[[torch.device], Copies]] = {"cuda": CudaCopies}
 MIN_BYTES = 8 * 2**20
 
 _STORES: weakref.WeakKeyDictionary[nn.Module, HostStore] = weakref.WeakKeyDictionary()
+_RECOMPUTED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # features, by layer
 
 
 def _get(self: nn.Module) -> Any:
@@ -42,8 +46,8 @@ def _get(self: nn.Module) -> Any:
         raise AttributeError(_ATTRIBUTE)
     if torch.compiler.is_compiling() or not is_live():
         return stock
-    store = _STORES.get(self)
-    return stock if store is None else functools.partial(_checkpoint, stock, store)
+    store, recomputed = _STORES.get(self), self in _RECOMPUTED
+    return functools.partial(_checkpoint, stock, store, recomputed) if recomputed or store is not None else stock
 
 
 def _set(self: nn.Module, function: Any) -> None:
@@ -57,11 +61,26 @@ def _delete(self: nn.Module) -> None:
 _PROPERTY = property(_get, _set, _delete)
 
 
-def _checkpoint(stock: Callable[..., Any], store: HostStore, function: Callable[..., Any], *args: Any) -> Any:
-    """`stock(function, *args)`, except that the first argument, as saved for recomputation, goes through the store."""
+def _checkpoint(
+    stock: Callable[..., Any], store: HostStore | None, recomputed: bool, function: Callable[..., Any], *args: Any
+) -> Any:
+    """`stock(function, *args)`; the first argument, as saved for recomputation, goes through the store."""
     hidden_states = args[0] if args else None
-    if not (isinstance(hidden_states, torch.Tensor) and _may_leave(hidden_states) and _is_plain_checkpoint(stock)):
+    if not isinstance(hidden_states, torch.Tensor):
         return stock(function, *args)
+    hooks = None
+    if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
+        hooks = _to_store(store, hidden_states)
+    if recomputed and recomputation.is_plain(stock, hidden_states.device):
+        return recomputation.recompute_in_backward(stock, function, args, hidden_states.device, hooks)
+    if hooks is None:
+        return stock(function, *args)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        return stock(function, *args)
+
+
+def _to_store(store: HostStore, hidden_states: torch.Tensor) -> recomputation.Hooks:
+    """Hooks that put this one tensor into the store."""
     pointer, shape, stride = hidden_states.data_ptr(), hidden_states.shape, hidden_states.stride()
 
     def pack(tensor: torch.Tensor) -> Any:
@@ -70,8 +89,7 @@ def _checkpoint(stock: Callable[..., Any], store: HostStore, function: Callable[
             return tensor
         return store.put(tensor)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, store.get):
-        return stock(function, *args)
+    return pack, store.get
 
 
 def _may_leave(hidden_states: torch.Tensor) -> bool:
@@ -121,13 +139,91 @@ class _Stores(Patch):
         return True
 
 
+class _Recomputed(Patch):
+    """Marks layers."""
+
+    id = "checkpointing:layers"
+
+    def __init__(self, layers: list[nn.Module]):
+        self._layers = weakref.WeakSet(layers)
+
+    def apply(self) -> None:
+        _RECOMPUTED.update(self._layers)
+
+    def revert(self) -> bool:
+        for layer in self._layers:
+            _RECOMPUTED.discard(layer)
+        return True
+
+
+class _HandOut(ClassSwap):
+    """Gives a layer the property, for as long as one of the features wants it."""
+
+    def __init__(self, role: str, name: str, layer: nn.Module):
+        subclass = same_name_subclass(stock_class(layer), **{_ATTRIBUTE: _PROPERTY})
+        super().__init__(f"{role}:{name}", layer, subclass)
+
+    def apply(self) -> None:
+        layer = self._module()
+        if layer is not None:
+            users = _USERS[layer] = _USERS.get(layer, 0) + 1
+            if users == 1:
+                super().apply()
+
+    def revert(self) -> bool:
+        layer = self._module()
+        if layer is None:
+            return True
+        users = _USERS[layer] = _USERS[layer] - 1
+        return users > 0 or super().revert()
+
+
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """The layers that transformers can checkpoint, by name."""
     cls = getattr(sys.modules.get(MODULE), "GradientCheckpointingLayer", None)
     return {name: module for name, module in model.named_modules() if cls is not None and isinstance(module, cls)}
 
 
-def find(model: nn.Module, *, asked: bool | None, why_not: Callable[[int, float], str | None], budget: int) -> Finding:
+def find(model: nn.Module, *, asked: bool | None) -> Finding:
+    """Class swaps for every layer that may be recomputed here.
+
+    Args:
+        asked: whether the training checkpoints; None where only the layers themselves can tell, now or later.
+    """
+    finding = Finding("checkpointing", "slots, no weak dictionaries", Exactness.EXACT)
+    layers, swaps = [], []
+    for name, layer in layers_of(model).items():
+        finding.found += 1
+        function = layer.__dict__.get(_ATTRIBUTE)
+        reason = _conflict(layer, asked, layer in _RECOMPUTED)
+        if reason is None and not asked and getattr(function, "keywords", {}).get("use_reentrant") is not False:
+            reason = "acts once gradient checkpointing is on, with use_reentrant=False"
+        if reason is None:
+            finding.patched += 1
+        else:
+            finding.refuse(reason)
+        if (reason is None or reason.startswith("acts once")) and layer not in _RECOMPUTED:
+            layers.append(layer)
+            swaps.append(_HandOut("checkpointing", name, layer))
+    if layers:
+        finding.patches = [_Recomputed(layers), *swaps]
+    return finding
+
+
+def _conflict(layer: Any, asked: bool | None, patched: bool) -> str | None:
+    """Why the function of a layer is called as it is, or None."""
+    if not patched and type(layer).__name__.startswith("FSDP"):
+        return "already wrapped by FSDP"
+    if not asked and layer.gradient_checkpointing and not _is_plain_checkpoint(layer.__dict__.get(_ATTRIBUTE)):
+        return "checkpointed selectively, or by a function other than torch's"
+    if asked is False and not layer.gradient_checkpointing:
+        return "gradient checkpointing is off"
+    return None
+
+
+def find_offload(
+    model: nn.Module, *, asked: bool | None, why_not: Callable[[int, float], str | None], budget: int
+) -> Finding:
     """A store, and class swaps for every layer whose input may wait in it.
 
     Args:
@@ -140,19 +236,10 @@ def find(model: nn.Module, *, asked: bool | None, why_not: Callable[[int, float]
     visits = _experts_per_token(model)
     for name, layer in layers_of(model).items():
         finding.found += 1
-        reason: str | None
-        if layer not in _STORES and type(layer).__name__.startswith("FSDP"):
-            reason = "already wrapped by FSDP"
-        elif not asked and layer.gradient_checkpointing and not _is_plain_checkpoint(layer.__dict__.get(_ATTRIBUTE)):
-            reason = "checkpointed selectively, or by a function other than torch's"
-        elif asked is False and not layer.gradient_checkpointing:
-            reason = "gradient checkpointing is off"
-        else:
-            reason = why_not(*sizes_of(layer, visits))
+        reason = _conflict(layer, asked, layer in _STORES) or why_not(*sizes_of(layer, visits))
         if reason is None and layer not in _STORES:
             layers.append(layer)
-            subclass = same_name_subclass(stock_class(layer), **{_ATTRIBUTE: _PROPERTY})
-            swaps.append(ClassSwap(f"offload:{name}", layer, subclass))
+            swaps.append(_HandOut("offload", name, layer))
         if reason is None and not (asked or layer.gradient_checkpointing):
             reason = "acts once gradient checkpointing is on"
         if reason is None:
@@ -171,22 +258,36 @@ def trainer_asks(trainer: Any) -> bool:
 
 
 def trainer_conflict(trainer: Any) -> str | None:
-    """Why this trainer's checkpoints stay where they are, or None."""
-    arguments = trainer.args
-    kwargs = (
-        getattr(arguments, "activation_checkpointing_kwargs", None)
-        or getattr(arguments, "gradient_checkpointing_kwargs", None)
-        or {}
-    )
-    if getattr(arguments, "activation_offloading", False):
-        return "activation_offloading is on: TRL offloads by itself"
+    """Why this trainer's checkpoints are torch's own business, or None."""
+    kwargs = _trainer_kwargs(trainer)
     if kwargs.get("offload"):
         return "checkpointing with offload=True: transformers offloads by itself"
     if kwargs.get("selective") or "context_fn" in kwargs:
         return "selective checkpointing"
-    if getattr(arguments, "torch_compile", False):
+    if getattr(trainer.args, "torch_compile", False):
         return "torch.compile decides what is kept for backward"
     return None
+
+
+def recomputation_conflict(trainer: Any) -> str | None:
+    """Why this trainer's layers are recomputed by torch, or None."""
+    reentrant = _trainer_kwargs(trainer).get("use_reentrant")
+    return trainer_conflict(trainer) or ("use_reentrant=True is torch's to do" if reentrant else None)
+
+
+def offload_conflict(trainer: Any) -> str | None:
+    """Why this trainer's checkpoints stay where they are, or None."""
+    if getattr(trainer.args, "activation_offloading", False):
+        return "activation_offloading is on: TRL offloads by itself"
+    return trainer_conflict(trainer)
+
+
+def _trainer_kwargs(trainer: Any) -> dict[str, Any]:
+    for name in ("activation", "gradient"):
+        kwargs = getattr(trainer.args, f"{name}_checkpointing_kwargs", None)
+        if kwargs:
+            return dict(kwargs)
+    return {}
 
 
 def end_training(model: nn.Module | None) -> None:

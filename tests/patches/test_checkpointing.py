@@ -1,4 +1,6 @@
-"""Inputs of checkpointed layers in host memory: the bits of stock, whatever a script does between forward and backward.
+"""Checkpointed layers: the bits of stock, whatever a script does between forward and backward.
+
+Each test runs with recomputation by torch and by hf_turbo, and the inputs of layers in host memory.
 
 CPU tensors stand for those of a device, and copies happen as late as they may (late_copies.py).
 """
@@ -32,9 +34,10 @@ OTHERS = {field.name: False for field in fields(TurboConfig) if field.name != "o
 ATTRIBUTE = "_gradient_checkpointing_func"
 
 
-@pytest.fixture
-def copies(monkeypatch) -> Iterator[LateCopies]:
+@pytest.fixture(params=[False, "auto"], ids=["by torch", "by hf_turbo"])
+def copies(monkeypatch, request) -> Iterator[LateCopies]:
     """Makes CPU tensors leave, of any size."""
+    monkeypatch.setitem(OTHERS, "checkpointing", request.param)
     copies = LateCopies()
     monkeypatch.setitem(checkpointing.COPIES, "cpu", lambda device: copies)
     monkeypatch.setattr(checkpointing, "MIN_BYTES", 0)
@@ -491,6 +494,8 @@ def test_recorders_still_see_the_layers(copies):
 
 
 def test_host_memory_goes_with_the_model(copies):
+    patch(checkpointed())  # the first import of bitsandbytes keeps an error, and with it the frames around
+    hf_turbo.disable()
     model = checkpointed()
     patch(model)
     results(model)

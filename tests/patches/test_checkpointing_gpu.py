@@ -63,6 +63,11 @@ def freeze_all_but_norms(model: Any) -> None:
     model.enable_input_require_grads()
 
 
+@pytest.fixture(params=[False, "auto"], ids=["by torch", "by hf_turbo"], autouse=True)
+def recomputed(monkeypatch, request) -> None:
+    monkeypatch.setitem(OTHERS, "checkpointing", request.param)
+
+
 @pytest.fixture
 def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
