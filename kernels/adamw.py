@@ -109,10 +109,8 @@ def _reference_param(
     decay = rates.lr * rates.weight_decay
     denominator = (v.sqrt() / math.sqrt(1 - rates.beta2**step)).add_(rates.eps)
     update = (m / denominator).mul_(rates.lr / (1 - rates.beta1**step))
-    if decay_last:
-        param = param - update
-        return param - decay * param
-    return param - decay * param - update
+    decayed = param - update if decay_last else param
+    return param - (update + decay * decayed)
 
 
 def _reference_8bit(
@@ -247,13 +245,12 @@ def _new_param(param, m, v, factors, DECAY_LAST: tl.constexpr):
     eps = tl.load(factors + 2)
     decay = tl.load(factors + 3)
     update = step_size * (m / (tl.sqrt_rn(v) * correction + eps))
+    # What is taken away is summed first: the parameter, far larger, is rounded once.
     if DECAY_LAST:
-        param = param - update
-        param = param - decay * param
+        change = update + decay * (param - update)
     else:
-        param = param - decay * param
-        param = param - update
-    return param
+        change = update + decay * param
+    return param - change
 
 
 @triton.jit

