@@ -93,7 +93,10 @@ class _Activation:
         if self.config.lora is True or lora.concerns(model):
             roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
-        if self.config.checkpointing is True or (asked is not False and checkpointing.layers_of(model)):
+        layers = checkpointing.layers_of(model).values()
+        is_on = any(layer.gradient_checkpointing for layer in layers)
+        is_reference = model is getattr(trainer, "ref_model", None) and trainer is not None
+        if not is_reference and (self.config.checkpointing is True or is_on or (layers and asked is not False)):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
             roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)
         offload = self._offload(model, trainer, asked, by_loop)

@@ -62,16 +62,22 @@ _PROPERTY = property(_get, _set, _delete)
 
 
 def _checkpoint(
-    stock: Callable[..., Any], store: HostStore | None, recomputed: bool, function: Callable[..., Any], *args: Any
+    stock: Callable[..., Any],
+    store: HostStore | None,
+    recomputed: bool,
+    function: Callable[..., Any],
+    /,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """`stock(function, *args)`; the first argument, as saved for recomputation, goes through the store."""
     hidden_states = args[0] if args else None
-    if not isinstance(hidden_states, torch.Tensor):
-        return stock(function, *args)
+    if not (is_live() and isinstance(hidden_states, torch.Tensor)) or kwargs:
+        return stock(function, *args, **kwargs)
     hooks = None
     if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
         hooks = _to_store(store, hidden_states)
-    if recomputed and recomputation.is_plain(stock, hidden_states.device):
+    if recomputed and recomputation.is_plain(stock, args, hidden_states.device):
         return recomputation.recompute_in_backward(stock, function, args, hidden_states.device, hooks)
     if hooks is None:
         return stock(function, *args)
@@ -196,7 +202,8 @@ def find(model: nn.Module, *, asked: bool | None) -> Finding:
         finding.found += 1
         function = layer.__dict__.get(_ATTRIBUTE)
         reason = _conflict(layer, asked, layer in _RECOMPUTED)
-        if reason is None and not asked and getattr(function, "keywords", {}).get("use_reentrant") is not False:
+        # A trainer that asks switches it on later, by its own arguments.
+        if reason is None and not (asked or (layer.gradient_checkpointing and recomputation.understands(function))):
             reason = "acts once gradient checkpointing is on, with use_reentrant=False"
         if reason is None:
             finding.patched += 1
@@ -271,8 +278,10 @@ def trainer_conflict(trainer: Any) -> str | None:
 
 def recomputation_conflict(trainer: Any) -> str | None:
     """Why this trainer's layers are recomputed by torch, or None."""
-    reentrant = _trainer_kwargs(trainer).get("use_reentrant")
-    return trainer_conflict(trainer) or ("use_reentrant=True is torch's to do" if reentrant else None)
+    kwargs = {name: value for name, value in _trainer_kwargs(trainer).items() if name != "every_n_layers"}
+    odd = not recomputation.understands(functools.partial(checkpoint, **kwargs)) if kwargs else False
+    conflict = trainer_conflict(trainer)
+    return conflict or (f"{', '.join(f'{k}={v!r}' for k, v in kwargs.items())} is torch's to do" if odd else None)
 
 
 def offload_conflict(trainer: Any) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -22,30 +22,59 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
-_AUTOCAST_DEVICES = ("cpu", "cuda")
+_DEVICES = {"cpu", "cuda"}
 _ADVICE = "Switch hf_turbo's checkpointing off (checkpointing=False) and torch's debug mode on to see the operators"
+# What is asked of torch beside its documented interface. Where one is gone, torch does it all.
+_ASKED = {
+    torch.utils.checkpoint: ("_checkpoint_debug_enabled", "_enable_checkpoint_early_stop"),
+    torch._C._autograd: ("_saved_tensors_hooks_is_enabled",),
+    torch._C: (
+        "_are_functorch_transforms_active",
+        "_current_graph_task_id",
+        "_get_graph_exec_group",
+        "_len_torch_dispatch_stack",
+        "_len_torch_function_stack",
+    ),
+}
+_IS_KNOWN = all(hasattr(owner, name) for owner, names in _ASKED.items() for name in names)
 
 
-def is_plain(stock: Any, device: torch.device) -> bool:
-    """Whether a call of `stock`, made now for tensors of `device`, is torch's checkpoint without reentrant autograd and
-    nothing else: no contexts, no debugging, nobody who watches the operators.
-    """
-    keywords = getattr(stock, "keywords", {})
+def understands(function: Any) -> bool:
+    """Whether this is torch's checkpoint without reentrant autograd, and nothing else: no contexts, no debugging."""
+    keywords = getattr(function, "keywords", {})
     return (
-        getattr(stock, "func", None) is checkpoint
+        getattr(function, "func", None) is checkpoint
         and keywords.get("use_reentrant") is False
-        and not getattr(stock, "args", ())
+        and not getattr(function, "args", ())
         and keywords.keys() <= {"use_reentrant", "preserve_rng_state"}
+    )
+
+
+def is_plain(stock: Any, args: tuple[Any, ...], device: torch.device) -> bool:
+    """Whether a call of `stock` on `args`, made now, can be made here: `understands(stock)`, tensors of one device and
+    the CPU, and nobody who watches the operators.
+    """
+    return (
+        _IS_KNOWN
+        and understands(stock)
+        and torch.is_grad_enabled()
+        and device.type in _DEVICES
+        and all(_is_of(device, arg) for arg in args)
         and torch.utils.checkpoint._checkpoint_debug_enabled is None
         and torch.utils.checkpoint._enable_checkpoint_early_stop is None
-        and device.type in _AUTOCAST_DEVICES
-        and torch.is_grad_enabled()
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _is_of(device: torch.device, arg: Any) -> bool:
+    """Whether an argument draws random numbers on no other device; what is inside containers is not looked at."""
+    if isinstance(arg, torch.Tensor):
+        return arg.device == device or arg.device.type == "cpu"
+    return not isinstance(arg, (tuple, list, dict, set))
 
 
 def recompute_in_backward(
@@ -55,7 +84,7 @@ def recompute_in_backward(
     device: torch.device,
     hooks: Hooks | None = None,
 ) -> Any:
-    """`stock(function, *args)`, where `is_plain(stock, device)`.
+    """`stock(function, *args)`, where `is_plain(stock, args, device)`.
 
     Args:
         device: the one whose random numbers `function` may draw, beside the CPU's.
@@ -76,30 +105,17 @@ class _Slot:
         self.tensor = self.backward = None
 
 
-class _Argument:
-    """A tensor, kept as autograd keeps what it saves."""
+class _Keep(torch.autograd.Function):
+    """Has autograd save tensors: hooks see them, and a change in place is an error."""
 
-    __slots__ = ("_kept", "_requires_grad", "_unpack", "_version")
+    @staticmethod
+    def forward(ctx: Any, node: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
 
-    def __init__(self, tensor: torch.Tensor, hooks: Hooks | None):
-        self._requires_grad, self._version = tensor.requires_grad, tensor._version
-        self._kept: Any = tensor
-        self._unpack: Callable[[Any], torch.Tensor] | None = None
-        if hooks is not None:
-            pack, self._unpack = hooks
-            self._kept = pack(tensor.detach())
-
-    def get(self) -> torch.Tensor:
-        if self._unpack is not None:
-            return self._unpack(self._kept).detach().requires_grad_(self._requires_grad)
-        tensor: torch.Tensor = self._kept
-        if tensor._version != self._version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: an "
-                f"argument of a checkpointed function, {list(tensor.shape)}, is at version {tensor._version}; expected "
-                f"version {self._version} instead"
-            )
-        return tensor
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        raise AssertionError("nothing is differentiated through this node")
 
 
 class _Done(Exception):
@@ -109,7 +125,7 @@ class _Done(Exception):
 class _Region:
     """One call of a checkpointed function."""
 
-    __slots__ = ("_args", "_autocast", "_device", "_function", "_like", "_random", "_slots")
+    __slots__ = ("_args", "_autocast", "_device", "_function", "_kept", "_like", "_places", "_random", "_slots")
 
     def __init__(
         self,
@@ -123,10 +139,13 @@ class _Region:
         # Weakly: a tensor whose node is done, or that no gradient needs, is not kept when recomputed.
         self._slots: list[weakref.ref[_Slot]] = []
         self._like: list[Any] = []
-        self._autocast = _autocast_states()
+        self._autocast = _autocast_states(device)
         self._random = _random_states(device) if preserve_random_state else None
-        hooks = hooks or torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self._args = [_Argument(arg, hooks) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        self._args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
+            self._kept = _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot()
@@ -137,6 +156,11 @@ class _Region:
     def unpack(self, slot: _Slot) -> torch.Tensor:
         # A group of backward passes that share a recomputation, this pass, or none: then each look is one of its own.
         backward: Any = torch._C._get_graph_exec_group() or torch._C._current_graph_task_id()
+        if slot.tensor is None and slot.backward == backward != -1:
+            raise CheckpointError(
+                "torch.utils.checkpoint: Unpack is being triggered for a tensor that was already unpacked once. If you "
+                "are calling ctx.saved_tensors in backward, make sure to do so only once"
+            )
         if backward == -1 or slot.tensor is None or slot.backward != backward:
             self._fill_slots(backward)
         tensor = slot.tensor
@@ -147,31 +171,34 @@ class _Region:
 
     def _fill_slots(self, backward: Any) -> None:
         slots, like = self._slots, self._like
-        count = 0
+        count, different = 0, ""
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
-            nonlocal count
+            nonlocal count, different
+            if count >= len(slots):
+                raise CheckpointError(f"torch.utils.checkpoint: recomputation does not end where it should. {_ADVICE}")
             if tensor.requires_grad:
                 tensor = tensor.detach()
-            found, slot = (tensor.shape, tensor.dtype, tensor.device), slots[count]()
+            slot = slots[count]()
             if slot is not None:
+                found = tensor.shape, tensor.dtype, tensor.device
                 if found != like[count]:
-                    raise CheckpointError(
-                        "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata "
-                        f"than during the forward pass: tensor {count} was {like[count]} and is {found}. {_ADVICE}"
-                    )
+                    different = different or f"tensor {count} was {like[count]} and is {found}"
                 slot.tensor, slot.backward = tensor, backward
             count += 1
             if count == len(slots):
                 raise _Done
             return tensor
 
-        args = [arg.get() if isinstance(arg, _Argument) else arg for arg in self._args]
+        args = list(self._args)
+        for place, tensor in zip(self._places, self._kept.saved_tensors, strict=True):
+            args[place] = tensor
         random = None if self._random is None else _random_states(self._device)
         try:
             with ExitStack() as stack:
-                for state, now in zip(self._autocast, _autocast_states(), strict=True):
-                    if state != now:
+                for state, now in zip(self._autocast, _autocast_states(self._device), strict=True):
+                    # Where it is on already, torch enters it too: weights that were cast before are cast anew.
+                    if state != now or state[2]:
                         stack.enter_context(torch.autocast(*state))
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
                 stack.enter_context(torch.enable_grad())
@@ -179,28 +206,34 @@ class _Region:
                     _set_random_states(self._random, self._device)
                 _run(self._function, args)
         except _Done:
-            return
+            pass
         finally:
             if random is not None:
                 _set_random_states(random, self._device)
-        raise CheckpointError(
-            "torch.utils.checkpoint: A different number of tensors was saved during the original forward and "
-            f"recomputation: {len(slots)} and {count}. {_ADVICE}"
-        )
+        if count != len(slots):
+            raise CheckpointError(
+                "torch.utils.checkpoint: A different number of tensors was saved during the original forward and "
+                f"recomputation: {len(slots)} and {count}. {_ADVICE}"
+            )
+        if different:
+            raise CheckpointError(
+                "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata than "
+                f"during the forward pass: {different}. {_ADVICE}"
+            )
 
 
-@torch._disable_dynamo
+@torch.compiler.disable
 def _run(function: Callable[..., Any], args: list[Any]) -> None:
     """Compiled autograd must not trace a recomputation: it would save other tensors."""
     function(*args)
 
 
-def _autocast_states() -> list[tuple[str, torch.dtype, bool, bool]]:
-    """Arguments of `torch.autocast`, by device."""
+def _autocast_states(device: torch.device) -> list[tuple[str, torch.dtype, bool, bool]]:
+    """Arguments of `torch.autocast`, for the device and the CPU."""
     cached = torch.is_autocast_cache_enabled()
     return [
-        (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), cached)
-        for device in _AUTOCAST_DEVICES
+        (each, torch.get_autocast_dtype(each), torch.is_autocast_enabled(each), cached)
+        for each in {device.type: None, "cpu": None}
     ]
 
 

@@ -444,6 +444,17 @@ def test_compiled_layers_are_left_alone(copies):
     assert_same(results(model), stock)
 
 
+def test_a_layer_that_calls_the_function_itself(copies):
+    model = checkpointed()
+    patch(model)
+    function, x = model.model.layers[0]._gradient_checkpointing_func, torch.ones(2, requires_grad=True)
+    assert torch.equal(function(lambda x, *, scale: x * scale, x, scale=3), 3 * x)
+    seen = []
+    hf_turbo.disable()
+    function(lambda x: seen.append(torch._C._autograd._top_saved_tensors_default_hooks(False)) or x.sin(), x)
+    assert "torch/utils/checkpoint" in seen[0][0].__code__.co_filename
+
+
 # ------------------------------------------------------------------------------------------------ in and out
 
 
@@ -503,6 +514,50 @@ def test_host_memory_goes_with_the_model(copies):
     del model
     gc.collect()
     assert len(checkpointing._STORES) == before - LAYERS
+
+
+# ------------------------------------------------------------------------------------------------ the report
+
+
+def rows(model: Any, folder: Any, **arguments: Any) -> list[tuple[int, str]]:
+    """Patched layers and the reason, by the report of a training."""
+    from transformers import Trainer, TrainingArguments
+
+    hf_turbo.enable(**{**dict.fromkeys(OTHERS, False), "checkpointing": "auto", "offload": False})
+    settings = {"report_to": "none", "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
+    examples = [{name: tensor[0] for name, tensor in batch().items()} for _ in range(4)]
+    Trainer(model, TrainingArguments(str(folder), **settings, **arguments), train_dataset=examples).train()
+    return [(row.patched, row.reason) for row in hf_turbo.report().rows if row.role == "checkpointing"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, []),
+        ({"gradient_checkpointing": True}, [(2, "")]),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+            [(0, "use_reentrant=True is torch's to do")],
+        ),
+        (
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"determinism_check": "none"}},
+            [(0, "determinism_check='none' is torch's to do")],
+        ),
+    ],
+)
+def test_what_a_trainer_asks_for(tmp_path, arguments, expected):
+    try:
+        assert rows(tiny_model("llama"), tmp_path, **arguments) == expected
+    finally:
+        hf_turbo.disable()
+
+
+def test_a_model_that_checkpoints_before_the_trainer_has_it(tmp_path):
+    """As PEFT's prepare_model_for_kbit_training leaves it."""
+    try:
+        assert rows(switch_on(tiny_model("llama")), tmp_path) == [(2, "")]
+    finally:
+        hf_turbo.disable()
 
 
 # ------------------------------------------------------------------------------------------------ sizes

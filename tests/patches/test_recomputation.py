@@ -18,7 +18,7 @@ STOCK = functools.partial(checkpoint, use_reentrant=False)
 
 
 def ours(function: Any, *args: Any, stock: Any = STOCK) -> Any:
-    assert recomputation.is_plain(stock, CPU)
+    assert recomputation.is_plain(stock, args, CPU)
     return recomputation.recompute_in_backward(stock, function, args, CPU)
 
 
@@ -259,8 +259,74 @@ def test_looking_at_a_saved_tensor_outside_of_backward():
     assert torch.equal(x.grad, x.detach().cos())
 
 
+def test_weights_cast_by_autocast_are_cast_anew():
+    """Autocast switched on without a context around, as on a thread of autograd's, keeps what it has cast."""
+
+    def losses(how: Any) -> list[float]:
+        torch.manual_seed(0)
+        weight, x = torch.randn(6, 6).requires_grad_(), inputs()
+        found = []
+        torch.set_autocast_enabled("cpu", True)
+        try:
+            for _ in range(3):
+                loss = how(lambda x, weight=weight: (x @ weight).sin(), x).float().sum()
+                loss.backward()
+                found.append(loss.item())
+                with torch.no_grad():
+                    weight -= weight.grad
+                weight.grad = None
+        finally:
+            torch.set_autocast_enabled("cpu", False)
+            torch.clear_autocast_cache()
+        return found
+
+    assert losses(ours) == losses(STOCK)
+    assert len(set(losses(ours))) == 3
+
+
+def test_an_argument_changed_in_place_under_hooks_of_the_script():
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.add_(1).sin().cos()
+
+    def call(how: Any) -> list[Any]:
+        with torch.autograd.graph.save_on_cpu():
+            return gradients(lambda layer, x: how(function, x * 1))
+
+    assert_same(call(ours), call(STOCK))
+
+
+def test_hooks_of_the_script_see_what_torch_shows_them():
+    def call(how: Any) -> list[Any]:
+        seen = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            seen.append((tensor.requires_grad, tensor.is_leaf, torch.is_grad_enabled()))
+            return tensor * 2 if tensor.requires_grad else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return [*gradients(how), torch.tensor(seen)]
+
+    assert_same(call(ours), call(STOCK))
+
+
+def test_saved_tensors_read_twice_are_an_error_as_in_torch():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
+            return dy + ctx.saved_tensors[0] + ctx.saved_tensors[0]
+
+    for how in (ours, STOCK):
+        with pytest.raises(CheckpointError, match="already unpacked once"):
+            how(Twice.apply, inputs()).sum().backward()
+
+
 def plain(stock: Any) -> bool:
-    return recomputation.is_plain(stock, CPU)
+    return recomputation.is_plain(stock, (torch.ones(1),), CPU)
 
 
 def test_what_is_left_to_torch():
@@ -276,7 +342,10 @@ def test_what_is_left_to_torch():
         assert not plain(functools.partial(checkpoint, **{"use_reentrant": False, **changes}))
     assert not plain(checkpoint)
     assert not plain(functools.partial(STOCK, lambda x: x))
-    assert not recomputation.is_plain(STOCK, torch.device("meta"))
+    assert not recomputation.is_plain(STOCK, (), torch.device("meta"))
+    assert not recomputation.is_plain(STOCK, (inputs(), torch.ones(1, device="meta")), CPU)
+    assert not recomputation.is_plain(STOCK, (inputs(), [inputs()]), CPU)
+    assert recomputation.is_plain(STOCK, (inputs(), None, 3), CPU)
     with torch.utils.checkpoint.set_checkpoint_debug_enabled(True):
         assert not plain(STOCK)
     with torch.utils.checkpoint.set_checkpoint_early_stop(False):
