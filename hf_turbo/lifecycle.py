@@ -68,7 +68,7 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import checkpointing, conflicts, head, lora, mlp, norms, rope
+        from hf_turbo.patches import checkpointing, conflicts, head, lora, mlp, norms, padding, rope
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -92,11 +92,13 @@ class _Activation:
         }
         if self.config.lora is True or lora.concerns(model):
             roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
+        if self.config.padding is True or (self.config.padding and padding.backbones(model)):
+            device = _training_device(model, trainer, by_loop)
+            roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict)
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
-        layers = checkpointing.layers_of(model).values()
-        is_on = any(layer.gradient_checkpointing for layer in layers)
-        is_reference = model is getattr(trainer, "ref_model", None) and trainer is not None
-        if not is_reference and (self.config.checkpointing is True or is_on or (layers and asked is not False)):
+        is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
+        is_reference = trainer is not None and model is getattr(trainer, "ref_model", None)
+        if not is_reference and (asked or is_on or self.config.checkpointing is True):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
             roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)
         offload = self._offload(model, trainer, asked, by_loop)
@@ -376,10 +378,13 @@ def _around_train(trainer: Any) -> Iterator[None]:
                     activation.meet(model, trainer)
         yield
     finally:
-        from hf_turbo.patches import checkpointing, lora
+        from hf_turbo.patches import checkpointing, lora, padding
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
+        note = padding.end_training(trainer.model)
+        if note is not None:
+            activation.report.notes.append(note)
         checkpointing.end_training(trainer.model)
         lora.end_training()
         activation.training.pop(trainer, None)
@@ -419,6 +424,9 @@ def _model_made(trainer: Any, model: nn.Module) -> None:
 
 
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
+    from hf_turbo.patches import padding
+
+    padding.batches_fetched(trainer.model, batches)
     for activation in _STATE.activations:
         meter = activation.training.get(trainer)
         if meter is not None:

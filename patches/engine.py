@@ -102,7 +102,7 @@ class ProcessPatch(AttributePatch):
 
     def __init__(self, id: str, owner: Any, name: str, replacement: Any):
         super().__init__(id, owner, name, replacement)
-        self._original, self._users = vars(owner)[name], 0
+        self._original, self._users = self._get(), 0
         look_like(replacement, self._original)
 
     def can_apply(self) -> bool:

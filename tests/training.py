@@ -201,7 +201,7 @@ class Run:
     """One training run: its logs, the change of every trained weight, and what `probe` saw at its end.
 
     `perturbed` is the seed of a perturbation, 0 for none; `precision` is that of its unit roundoff, where not of the
-    weights. `probe` gets the trainer while turbo is still on and returns named tensors.
+    weights. `probe` gets the trainer while turbo is still on and returns named tensors. `options` are turbo's.
     """
 
     def __init__(
@@ -214,6 +214,7 @@ class Run:
         precision: torch.dtype | None = None,
         probe: Probe | None = None,
         resume: Path | None = None,
+        **options: Any,
     ):
         set_seed(0)
         trainer = make(folder)
@@ -222,7 +223,7 @@ class Run:
         trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
         before = {name: p.detach().double().clone() for name, p in trained.items()}
         set_seed(0)
-        with hf_turbo.session(report=False) if turbo else nullcontext() as report:
+        with hf_turbo.session(report=False, **options) if turbo else nullcontext() as report:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             seen = probe(trainer) if probe else {}
         self.tensors = {name: tensor.detach().clone() for name, tensor in seen.items()}
@@ -297,6 +298,7 @@ def compare(
     probe: Probe | None = None,
     factor: float = 5,
     precision: torch.dtype | None = None,
+    **options: Any,
 ) -> Run:
     """Trains three times and applies the rule of `assert_close`; a factor of 5 is for runs of a few steps.
 
@@ -307,7 +309,7 @@ def compare(
         Turbo's run. The runs are in folder/stock, folder/turbo and folder/perturbed-1.
     """
     stock = Run(make, folder / "stock", probe=probe)
-    turbo = Run(make, folder / "turbo", turbo=True, probe=probe)
+    turbo = Run(make, folder / "turbo", turbo=True, probe=probe, **options)
 
     def draw(seed: int) -> Run:
         return Run(make, folder / f"perturbed-{seed}", perturbed=seed, precision=precision, probe=probe)

@@ -1,0 +1,149 @@
+"""Whole trainings without padding, `padding=True`: the logs and weights of stock, and what the report says of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_turbo.patches import padding
+from transformers import DataCollatorForSeq2Seq, LlamaForSequenceClassification, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+import hf_turbo
+from tests.models import tiny_model
+from tests.training import Run, arguments, compare, fused_head_on_cpu, one_thread, tokenizer, words
+
+# Dialogues of three to twenty words, as uneven as real ones.
+ROWS = [{"prompt": words(i, 3 + 5 * i % 11), "completion": " " + words(i + 3, 2 + 7 * i % 9)} for i in range(16)]
+PAIRS = [
+    {"prompt": words(i, 3 + 5 * i % 11), "chosen": " " + words(i, 2 + 7 * i % 9), "rejected": " " + words(i + 1, 3)}
+    for i in range(16)
+]
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    with one_thread(), fused_head_on_cpu():
+        yield
+        hf_turbo.disable()
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[tuple[int, int]]:
+    """Tokens of each flattened pass, and those of stock."""
+    seen, apply = [], padding._Restore.apply
+
+    def recorded(flat: Any, index: Any, rows: int, columns: int, state: Any) -> Any:
+        seen.append((len(index), rows * columns))
+        assert flat.shape[1] == len(index)
+        return apply(flat, index, rows, columns, state)
+
+    monkeypatch.setattr(padding._Restore, "apply", staticmethod(recorded))
+    return seen
+
+
+def make_sft(folder: Path, **more: Any) -> Trainer:
+    args = SFTConfig(**arguments(folder, **more))
+    return SFTTrainer(tiny_model("llama"), args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer())
+
+
+def make_dpo(folder: Path, **more: Any) -> Trainer:
+    args = DPOConfig(**arguments(folder, **more))
+    data = Dataset.from_list(PAIRS)
+    return DPOTrainer(tiny_model("llama"), tiny_model("llama"), args, train_dataset=data, processing_class=tokenizer())
+
+
+def make_kto(folder: Path, **more: Any) -> Trainer:
+    args = KTOConfig(**arguments(folder, **more))
+    data = Dataset.from_list([{**row, "label": i % 2 == 0} for i, row in enumerate(ROWS)])
+    return KTOTrainer(tiny_model("qwen3"), tiny_model("qwen3"), args, train_dataset=data, processing_class=tokenizer())
+
+
+def make_reward(folder: Path, **more: Any) -> Trainer:
+    torch.manual_seed(0)
+    config = tiny_model("llama").config
+    config.num_labels = 1
+    args = RewardConfig(**arguments(folder, **more))
+    model = LlamaForSequenceClassification(config).train()
+    return RewardTrainer(model, args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer())
+
+
+def make_plain(folder: Path, left: bool = False, **more: Any) -> Trainer:
+    words_of = tokenizer()
+    words_of.padding_side = "left" if left else "right"
+    examples = []
+    for row in ROWS:
+        ids = words_of(row["prompt"] + row["completion"])["input_ids"]
+        examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [-100, *ids[1:]]})
+    collator = DataCollatorForSeq2Seq(words_of)
+    args = TrainingArguments(**arguments(folder, **more))
+    return Trainer(tiny_model("llama"), args, train_dataset=examples, data_collator=collator)
+
+
+@pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainers(make, checkpointing, passes, tmp_path):
+    turbo = compare(lambda folder: make(folder, gradient_checkpointing=checkpointing), tmp_path, padding=True)
+    assert turbo.patched["padding"] >= 1
+    assert passes
+    assert all(tokens < stock for tokens, stock in passes)
+
+
+@pytest.mark.parametrize("accumulation", [3, 16])
+def test_accumulation_with_an_uneven_last_batch(accumulation, passes, tmp_path):
+    more = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 3, "max_steps": 3}
+    compare(lambda folder: make_sft(folder, **more), tmp_path, padding=True)
+    assert passes
+
+
+def test_left_padding(passes, tmp_path):
+    compare(lambda folder: make_plain(folder, left=True), tmp_path, padding=True)
+    assert passes
+
+
+def test_labels_on_padding_stay_stock(passes, tmp_path):
+    """A collator that puts labels where the mask has none: stock trains on them, and so must we."""
+
+    def make(folder: Path) -> Trainer:
+        trainer = make_plain(folder)
+        collator = trainer.data_collator
+
+        def labelled(features: Any) -> Any:
+            batch = collator(features)
+            batch["labels"][batch["attention_mask"] == 0] = 5
+            return batch
+
+        trainer.data_collator = labelled
+        return trainer
+
+    compare(make, tmp_path, padding=True)
+    assert passes == []
+
+
+def test_the_report_says_what_was_left_out(passes, tmp_path):
+    Run(make_sft, tmp_path, turbo=True, padding=True)
+    tokens, stock = (sum(column) for column in zip(*passes, strict=True))
+    (note,) = [note for note in hf_turbo.report().notes if note.startswith("padding: ")]
+    assert [int(each.replace(",", "")) for each in re.findall(r"[\d,]+(?= tokens|  *\()", note)] == [tokens, stock]
+    assert f"{1 - tokens / stock:.0%}" in note
+
+
+def test_a_hundred_steps(tmp_path):
+    """Losses of long runs part by rounding alone: as far as those of stock from weights one roundoff away."""
+    more = {"max_steps": 100, "learning_rate": 0.02, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
+    stock = Run(lambda folder: make_sft(folder, **more), tmp_path / "stock")
+    turbo = Run(lambda folder: make_sft(folder, **more), tmp_path / "turbo", turbo=True, padding=True)
+    others = [Run(lambda folder: make_sft(folder, **more), tmp_path / f"{seed}", perturbed=seed) for seed in (1, 2, 3)]
+    losses = stock.logged("loss")
+    assert len(losses) == 100
+
+    def drift(run: Run) -> float:
+        return (run.logged("loss") - losses).square().mean().sqrt().item()
+
+    noise = sum(drift(run) ** 2 for run in others) / len(others)
+    assert drift(turbo) <= 3 * noise**0.5 + 1e-6
+    assert losses[-10:].mean() < losses[:10].mean()

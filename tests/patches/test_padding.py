@@ -1,0 +1,341 @@
+"""Padding-free passes: the numbers of stock on what is no padding, and stock wherever padding might count."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hf_turbo.patches import padding
+from torch import nn
+
+import hf_turbo
+from hf_turbo import TurboConfig
+from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, tiny_model
+
+OTHERS = {field.name: False for field in fields(TurboConfig) if field.name != "padding"}
+LENGTHS = (17, 30, 30, 4)
+PATCHED = sorted(set(FAMILIES) - {"gemma2"})
+
+
+@pytest.fixture(autouse=True)
+def off() -> Iterator[None]:
+    yield
+    hf_turbo.disable()
+
+
+def patch(model: nn.Module, **options: Any) -> Any:
+    report = hf_turbo.patch_model(model, **{**OTHERS, "padding": True, **options})
+    return next(row for row in report.rows if row.role == "padding")
+
+
+def padded(lengths: tuple[int, ...] = LENGTHS, left: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of these lengths, labels on all tokens but the first third of each."""
+    columns = max(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (len(lengths), columns), generator=generator)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, length in enumerate(lengths):
+        start = columns - length if left else 0
+        mask[row, start : start + length] = 1
+        labels[row, start + 1 + length // 3 : start + length] = ids[row, start + 1 + length // 3 : start + length]
+    ids[mask == 0] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def state_of(model: nn.Module) -> Any:
+    return next(padding._STATES[module] for module in model.modules() if module in padding._STATES)
+
+
+def results(model: Any, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    loss, gradients = loss_and_gradients(model, inputs)
+    return {"loss": loss, **{name: gradient.clone() for name, gradient in gradients.items()}}
+
+
+def check(model: Any, inputs: dict[str, Any], exact_model: Any = None, **options: Any) -> None:
+    """The rule of the house, against stock and float64, for all tensors of four batches together: one is luck."""
+    batches = [{**inputs, "labels": relabelled(inputs["labels"], seed)} for seed in range(4)]
+    exact = []
+    for each in batches:
+        loss, gradients = reference64(exact_model or model, each)
+        exact.append({"loss": loss, **gradients})
+    stock = [results(model, each) for each in batches]
+    patch(model, **options)
+    ours = [results(model, each) for each in batches]
+    state = state_of(model)
+    assert state.reason == ""
+    real = int(inputs["attention_mask"].sum())
+    assert (state.tokens, state.stock_tokens) == (4 * real, 4 * inputs["attention_mask"].numel())
+    ours_error, stock_error = error_of(ours, exact), error_of(stock, exact)
+    assert ours_error <= 1.1 * stock_error + torch.finfo(torch.float32).eps, (
+        f"{ours_error:.3e}, stock {stock_error:.3e}"
+    )
+
+
+def relabelled(labels: torch.Tensor, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(labels == -100, labels, torch.randint(3, VOCABULARY, labels.shape, generator=generator))
+
+
+def error_of(some: list[dict[str, torch.Tensor]], exact: list[dict[str, torch.Tensor]]) -> float:
+    """Root mean square of the relative errors of all tensors; a tensor's errors and norms are summed over batches."""
+    squares = []
+    for name in exact[0]:
+        errors = sum(float((a[name].double() - b[name]).square().sum()) for a, b in zip(some, exact, strict=True))
+        norms = sum(float(b[name].square().sum()) for b in exact)
+        if norms > 1e-20:
+            squares.append(errors / norms)
+    return (sum(squares) / len(squares)) ** 0.5
+
+
+@pytest.mark.parametrize("family", PATCHED)
+@pytest.mark.parametrize("left", [False, True])
+def test_as_exact_as_stock(family, left):
+    check(tiny_model(family), padded(left=left))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_in_16_bits(family, dtype):
+    check(tiny_model(family, dtype), padded())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_with_checkpointing(reentrant):
+    model = tiny_model("llama", num_hidden_layers=3)
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+    check(model, padded(), tiny_model("llama", num_hidden_layers=3), checkpointing="auto")
+
+
+def test_with_all_other_patches():
+    check(tiny_model("llama"), padded(), **dict.fromkeys(("norms", "mlp", "rope", "loss", "host"), "auto"))
+
+
+def test_by_embeddings_and_positions():
+    model, inputs = tiny_model("qwen3"), padded()
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    positions = torch.arange(30)[None].expand(4, 30) + 3
+    check(model, {**inputs, "inputs_embeds": embeddings, "position_ids": positions})
+
+
+def test_masks_with_holes_and_rows_of_padding():
+    inputs = padded((17, 30, 1, 30))
+    inputs["attention_mask"][1, 5:9] = 0
+    inputs["labels"][1, 5:10] = -100
+    inputs["attention_mask"][2] = 0
+    check(tiny_model("llama"), inputs)
+
+
+def test_booleans_as_masks():
+    inputs = padded()
+    check(tiny_model("llama"), {**inputs, "attention_mask": inputs["attention_mask"].bool()})
+
+
+def test_windows_reach_no_farther_than_in_stock():
+    """Rows three times as long as the window."""
+    for family in ("mistral", "gemma3"):
+        check(tiny_model(family), padded((30, 25, 9)))
+        hf_turbo.disable()
+
+
+def test_hidden_states_are_where_they_were():
+    model, inputs = tiny_model("llama").model, padded(left=True)
+    inputs.pop("labels")
+    stock = model(**inputs).last_hidden_state
+    patch(model)
+    ours = model(**inputs).last_hidden_state
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], stock[real], rtol=1e-5, atol=1e-5)
+    assert not ours[~real].any()
+
+
+def test_no_bit_of_a_row_depends_on_another():
+    model, inputs = tiny_model("llama").model, padded()
+    inputs.pop("labels")
+    patch(model)
+    before = model(**inputs).last_hidden_state
+    inputs["input_ids"][0] = 5
+    after = model(**inputs).last_hidden_state
+    assert torch.equal(before[1:], after[1:])
+    assert not torch.equal(before[0], after[0])
+
+
+# ------------------------------------------------------------------------------------------------ what stays stock
+
+
+def stays_stock(model: Any, inputs: dict[str, Any], **kwargs: Any) -> None:
+    stock = model(**inputs, **kwargs)
+    patch(model)
+    ours = model(**inputs, **kwargs)
+    assert torch.equal(ours.logits, stock.logits)
+    assert state_of(model).tokens == 0
+
+
+def test_nothing_to_leave_out():
+    stays_stock(tiny_model("llama"), padded((30, 30)))
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "use_cache"])
+def test_what_is_asked_for_by_token(asked):
+    stays_stock(tiny_model("llama"), padded(), **{asked: True})
+
+
+def test_router_logits():
+    stays_stock(tiny_model("mixtral"), padded(), output_router_logits=True)
+
+
+def test_evaluation():
+    stays_stock(tiny_model("llama").eval(), padded())
+    with torch.no_grad():
+        hf_turbo.disable()
+        stays_stock(tiny_model("llama"), padded())
+
+
+def test_masks_of_four_dimensions():
+    inputs = padded()
+    real = inputs["attention_mask"].bool()
+    inputs["attention_mask"] = real[:, None, None, :] & torch.ones(30, 30, dtype=torch.bool).tril()
+    stays_stock(tiny_model("llama"), inputs)
+
+
+def test_a_config_that_caches_makes_none_in_training():
+    model = tiny_model("llama", use_cache=True)
+    inputs = padded()
+    stock = model(**inputs).loss
+    patch(model)
+    output = model(**inputs)
+    assert output.past_key_values is None
+    assert state_of(model).tokens > 0
+    torch.testing.assert_close(output.loss, stock)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {}, "attn_implementation is 'eager'"),
+        ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
+    ],
+)
+def test_refused_with_a_reason(family, changes, reason):
+    model = tiny_model(family, **changes)
+    with pytest.raises(RuntimeError, match=reason):
+        patch(model)
+
+
+def test_a_backbone_that_reads_the_mask_itself():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    model = OPTForCausalLM(OPTConfig(vocab_size=97, hidden_size=24, ffn_dim=16, num_hidden_layers=1))
+    assert padding.find(model, device_type="cpu").patched == 0
+
+
+def test_layers_that_remember_in_other_ways():
+    """Convolutions of LFM2 run over the tokens of all rows: found in the first pass, which stock does again."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    config = Lfm2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        attn_implementation="sdpa",
+    )
+    model, inputs = Lfm2ForCausalLM(config).train(), padded()
+    stock = results(model, inputs)
+    finding = padding.find(model, device_type="cpu")
+    if finding.patched:
+        patch(model)
+        for name, value in results(model, inputs).items():
+            assert torch.equal(value, stock[name])
+        assert "layers attend through the registry" in state_of(model).reason
+    else:
+        assert finding.reasons
+
+
+def test_dropout_is_restored_for_the_pass_that_stock_does_again():
+    model, inputs = tiny_model("llama", attention_dropout=0.3), padded()
+    torch.manual_seed(3)
+    stock = results(model, inputs)
+    row = patch(model)
+    assert row.exactness == "re-drawn"
+    model.model.layers[1].self_attn.is_causal = False
+    torch.manual_seed(3)
+    ours = results(model, inputs)
+    assert state_of(model).reason == "attention is not causal"
+    for name, value in ours.items():
+        assert torch.equal(value, stock[name])
+
+
+def test_a_loss_on_padding_is_noticed():
+    model, inputs = tiny_model("llama"), padded()
+    inputs["labels"] = torch.where(inputs["labels"] == -100, 7, inputs["labels"])
+    stock = results(model, inputs)
+    patch(model)
+    with pytest.warns(RuntimeWarning, match="depends on the hidden states of padding"):
+        results(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, value in results(model, inputs).items():
+            assert torch.equal(value, stock[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda b: None, False),
+        (lambda b: b.pop("labels"), False),
+        (lambda b: b.pop("attention_mask"), False),
+        (lambda b: b["labels"].__setitem__((0, 17), 5), False),  # predicted by the last token
+        (lambda b: b["labels"].__setitem__((0, 18), 5), True),
+        (lambda b: b["labels"].__setitem__((0, 0), 5), False),  # predicted by nothing
+    ],
+)
+def test_labels_on_padding(change, expected):
+    inputs = padded()
+    change(inputs)
+    assert padding.labels_on_padding(inputs) is expected
+
+
+def test_the_first_token_behind_left_padding():
+    inputs = padded(left=True)
+    assert not padding.labels_on_padding(inputs)
+    inputs["labels"][0, 13] = 5
+    assert padding.labels_on_padding(inputs)
+
+
+def test_hooks_that_go_by_shape():
+    model, inputs = tiny_model("llama"), padded()
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="hooks on its layers"):
+        patch(model)
+    handle.remove()
+    hf_turbo.disable()
+    patch(model)
+    model.enable_input_require_grads()
+    model(**inputs)
+    tokens = state_of(model).tokens
+    assert tokens > 0
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 1.5)  # as NEFTune's
+    model(**inputs)
+    assert state_of(model).tokens == tokens
+
+
+def test_reverted():
+    from transformers.modeling_utils import AttentionInterface
+
+    model = tiny_model("llama")
+    cls, entry = type(model.model), AttentionInterface._global_mapping["sdpa"]
+    patch(model)
+    assert type(model.model) is not cls
+    assert (type(model.model).__name__, str(type(model.model))) == (cls.__name__, str(cls))
+    assert AttentionInterface._global_mapping["sdpa"] is not entry
+    hf_turbo.disable()
+    assert type(model.model) is cls
+    assert AttentionInterface._global_mapping["sdpa"] is entry
