@@ -385,6 +385,8 @@ def _around_train(trainer: Any) -> Iterator[None]:
         note = padding.end_training(trainer.model)
         if note is not None:
             activation.report.notes.append(note)
+            if activation.config.report:
+                _write(trainer, activation.report)
         checkpointing.end_training(trainer.model)
         lora.end_training()
         activation.training.pop(trainer, None)
@@ -460,7 +462,12 @@ def _show(trainer: Any, report_: Report) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(report_)
-    if trainer.args.output_dir:
+    _write(trainer, report_)
+
+
+def _write(trainer: Any, report_: Report) -> None:
+    """Writes the file, on the main process."""
+    if trainer.is_world_process_zero() and trainer.args.output_dir:
         try:
             report_.write(Path(trainer.args.output_dir) / "hf_turbo_report.json")
         except OSError as error:  # a folder that cannot be written must not end a training that writes nothing

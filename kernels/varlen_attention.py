@@ -57,12 +57,16 @@ def varlen_attention(
         count = len(list(run))
         stop = start + count * length
         if length:
-            parts = (each[:, start:stop].unflatten(1, (count, length)).transpose(0, 1) for each in (query, key, value))
+            q, k, v = (
+                each[:, start:stop].unflatten(1, (count, length)).transpose(0, 1) for each in (query, key, value)
+            )
             mask = None
             if window is not None and window < length:
                 mask = _band(length, window, query.device)
             output = scaled_dot_product_attention(
-                *parts,
+                q,
+                k,
+                v,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=causal and mask is None,

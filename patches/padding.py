@@ -31,7 +31,17 @@ import torch
 from hf_turbo.kernels.varlen_attention import varlen_attention
 from torch import nn
 
-from .engine import ClassSwap, Exactness, Finding, ProcessPatch, is_live, is_swapped, same_name_subclass, stock_class
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    ProcessPatch,
+    forward_of,
+    is_live,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
 
 MODELS = "transformers.modeling_utils"
 DEVICES = {"cpu"}
@@ -262,7 +272,7 @@ def _mask_conflict(forward: Callable[..., Any]) -> str | None:
                     return f"{name} is called with {', '.join(sorted(map(str, arguments - _MASK_ARGUMENTS)))}"
                 allowed |= {id(keyword.value) for keyword in node.keywords}
         if isinstance(node, ast.Dict):
-            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            keys = {str(key.value) for key in node.keys if isinstance(key, ast.Constant)}
             if "attention_mask" in keys:
                 if not keys <= _MASK_ARGUMENTS:
                     return f"masks depend on {', '.join(sorted(keys - _MASK_ARGUMENTS))}"
@@ -288,7 +298,7 @@ def _windows_conflict(backbone: Any) -> str | None:
         if attention is None:
             return "a layer has no self_attn"
         try:
-            source = inspect.getsource(inspect.unwrap(stock_class(attention).forward))
+            source = inspect.getsource(inspect.unwrap(forward_of(type(attention))))
         except (OSError, TypeError):
             return "the source of its attention cannot be read"
         if "**kwargs" not in source.partition("attention_interface(")[2]:
@@ -361,7 +371,7 @@ def _conflict(backbone: Any, device_type: str, registry: Any) -> str | None:
     state = _STATES.get(backbone)
     if state is not None and state.reason:
         return state.reason
-    return _mask_conflict(stock_class(backbone).forward) or _windows_conflict(backbone)
+    return _mask_conflict(forward_of(type(backbone))) or _windows_conflict(backbone)
 
 
 def _dropouts(backbone: Any) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -125,9 +126,12 @@ def test_labels_on_padding_stay_stock(passes, tmp_path):
 
 
 def test_the_report_says_what_was_left_out(passes, tmp_path):
-    Run(make_sft, tmp_path, turbo=True, padding=True)
+    with hf_turbo.session(padding=True):
+        make_sft(tmp_path).train()
     tokens, stock = (sum(column) for column in zip(*passes, strict=True))
-    (note,) = [note for note in hf_turbo.report().notes if note.startswith("padding: ")]
+    notes = json.loads((tmp_path / "hf_turbo_report.json").read_text())["notes"]
+    assert notes == hf_turbo.report().notes
+    (note,) = [note for note in notes if note.startswith("padding: ")]
     assert [int(each.replace(",", "")) for each in re.findall(r"[\d,]+(?= tokens|  *\()", note)] == [tokens, stock]
     assert f"{1 - tokens / stock:.0%}" in note
 
