@@ -94,7 +94,7 @@ def _attention_patch(registry: Any) -> ProcessPatch:
         documents = kwargs.get("documents")
         if not isinstance(documents, Documents):
             return stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-        if not (is_causal is None and getattr(module, "is_causal", True)) and is_causal is not True:
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
             raise _NotUnderstood("attention is not causal")
         for name in ("softcap", "s_aux", "position_bias", "cache"):
             if kwargs.get(name) is not None:
@@ -243,8 +243,9 @@ def _flattened(kwargs: dict[str, Any], index: torch.Tensor, documents: Documents
         if kwargs.get(name) is not None:
             flat[name] = kwargs[name].flatten(0, 1).index_select(0, index)[None]
     flat["position_ids"] = position_ids.expand(mask.shape).flatten().index_select(0, index)[None]
-    # A mask of four dimensions is taken for one that is made already, and handed to the layers.
-    flat["attention_mask"] = mask.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    # A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
+    # that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
+    flat["attention_mask"] = mask.new_ones(1, 1, 1, len(index) + 1, dtype=torch.bool)
     flat["documents"] = documents
     flat["use_cache"] = False  # the config's default, where a plain loop leaves it on: nobody generates from this pass
     return flat

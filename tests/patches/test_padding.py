@@ -310,6 +310,31 @@ def test_the_first_token_behind_left_padding():
     assert padding.labels_on_padding(inputs)
 
 
+def test_switched_off_between_forward_and_recomputation():
+    """An error, and not attention of all tokens to all: the layers hold on to a mask that stock cannot use."""
+    model = tiny_model("llama")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    patch(model)
+    loss = model(**padded()).loss
+    hf_turbo.disable()
+    with pytest.raises(RuntimeError, match=r"size of tensor|expanded size|must match"):
+        loss.backward()
+
+
+def test_switched_off_between_forward_and_backward():
+    model, inputs = tiny_model("llama"), padded()
+    stock = results(model, inputs)
+    patch(model)
+    model.zero_grad()
+    loss = model(**inputs).loss
+    hf_turbo.disable()
+    loss.backward()
+    torch.testing.assert_close(
+        model.model.layers[0].mlp.up_proj.weight.grad, stock["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
 def test_hooks_that_go_by_shape():
     model, inputs = tiny_model("llama"), padded()
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
