@@ -27,8 +27,8 @@ class TurboConfig:
             projections, and whole gated MLPs, are one function together.
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory.
-        padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents. On
-            the CPU so far, and off unless asked for.
+        padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
+            so in rows that the script has packed. On the CPU so far, and off unless asked for.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
             the computation; "auto" where the copies hide behind it.

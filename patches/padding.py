@@ -5,6 +5,9 @@ hidden states return to their places, with zeros where padding was. In between, 
 (kernels/varlen_attention.py); everything else in a decoder layer is done token by token. The seam in attention is
 transformers' registry entry "sdpa", which acts where a layer hands it the lengths of documents, and is stock otherwise.
 
+A row that the script has packed itself, positions starting anew at each document, goes the same way, and needs no mask
+of all tokens by all tokens.
+
 What could go wrong is ruled out in this order:
 
 * The backbone's `forward` may use the mask for nothing but to make causal masks (read off its source), full or with a
@@ -25,6 +28,7 @@ import textwrap
 import warnings
 import weakref
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +57,7 @@ _MASK_ARGUMENTS = {"config", "inputs_embeds", "input_embeds", "attention_mask", 
 # Arguments of a backbone's forward: to be flattened, for the loss alone, and those that must be off.
 _FLATTENED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
 _OF_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
+_OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
 _OFF = ("output_attentions", "output_hidden_states", "output_router_logits")
 
 
@@ -167,27 +172,22 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
             return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         state = _STATES.get(self)
-        if state is None or state.reason or state.skip or not _may_flatten(self, kwargs):
+        if state is None or state.reason or not _may_flatten(self, kwargs):
             return stock(self, **kwargs)
-        real = kwargs["attention_mask"] != 0
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            lengths = _packed(kwargs["position_ids"])
+            output = None if lengths is None else _run(self, stock, kwargs, Documents(lengths), state)
+            return stock(self, **kwargs) if output is None else output
+        real = mask != 0
         rows, columns = real.shape
         counts = real.sum(1).tolist()
-        if min(counts) == columns:
+        if state.skip or min(counts) == columns:
             return stock(self, **kwargs)
-        random = None if state.tried else torch.get_rng_state()
-        documents = Documents(counts)
         index = real.flatten().nonzero().flatten()
-        try:
-            output = stock(self, **_flattened(kwargs, index, documents))
-            layers = len(self.layers)
-            if not state.tried and documents.calls != layers:
-                raise _NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
-        except _NotUnderstood as error:
-            state.reason = str(error)
-            if random is not None:
-                torch.set_rng_state(random)
+        output = _run(self, stock, _flattened(kwargs, index), Documents(counts), state)
+        if output is None:
             return stock(self, **kwargs)
-        state.tried = True
         state.tokens += len(index)
         state.stock_tokens += rows * columns
         output.last_hidden_state = _Restore.apply(output.last_hidden_state, index, rows, columns, state)
@@ -196,20 +196,47 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _run(backbone: Any, stock: Callable[..., Any], kwargs: dict[str, Any], documents: Documents, state: _State) -> Any:
+    """One row of documents through the backbone; None where it turns out that it cannot be done, as if never tried."""
+    random = None if state.tried else torch.get_rng_state()
+    # A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
+    # that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
+    mask = torch.ones(1, 1, 1, sum(documents.lengths) + 1, dtype=torch.bool, device=kwargs["position_ids"].device)
+    # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
+    kwargs = {**kwargs, "attention_mask": mask, "documents": documents, "use_cache": False}
+    try:
+        output = stock(backbone, **kwargs)
+        layers = len(backbone.layers)
+        if not state.tried and documents.calls != layers:
+            raise _NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
+    except _NotUnderstood as error:
+        state.reason = str(error)
+        if random is not None:
+            torch.set_rng_state(random)
+        return None
+    state.tried = True
+    return output
+
+
+def _packed(position_ids: torch.Tensor) -> list[int] | None:
+    """Lengths of the documents in a packed row, as stock finds them: where positions do not go on. None for one."""
+    starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    bounds = [0, *starts.tolist(), position_ids.shape[1]]
+    return [end - start for start, end in pairwise(bounds)] if len(bounds) > 2 else None
+
+
 def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is of a training on padded rows, and asks for nothing but hidden states."""
+    """Whether this call is of a training on padded or packed rows, and asks for nothing but hidden states."""
     mask, config = kwargs.get("attention_mask"), backbone.config
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     position_ids = kwargs.get("position_ids")
     if not (
         torch.is_grad_enabled()
         and backbone.training
-        and isinstance(mask, torch.Tensor)
         and isinstance(inputs, torch.Tensor)
-        and mask.ndim == 2
-        and mask.shape == inputs.shape[:2]
-        and mask.numel() > 0
-        and mask.device.type in DEVICES
+        and inputs.numel() > 0
+        and inputs.device.type in DEVICES
+        and (_is_mask(mask, inputs) if mask is not None else len(inputs) == 1 and _has_documents(config, kwargs))
         and config._attn_implementation == "sdpa"
         and kwargs.get("past_key_values") is None
         and not kwargs.get("use_cache")
@@ -220,11 +247,21 @@ def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
         return False  # NEFTune's noise goes by shape
     if any(getattr(config, name, False) if kwargs.get(name) is None else kwargs[name] for name in _OFF):
         return False
-    if position_ids is not None and not (position_ids.ndim == 2 and position_ids.shape[1] == mask.shape[1]):
+    if position_ids is not None and not (position_ids.ndim == 2 and position_ids.shape[1] == inputs.shape[1]):
         return False
     # Anything else that goes by token would have to be flattened too.
-    known = _FLATTENED | _OF_LOSS
+    known = _FLATTENED | _OF_LOSS | (_OF_PACKING if mask is None else set())
     return not any(isinstance(value, torch.Tensor) for name, value in kwargs.items() if name not in known)
+
+
+def _has_documents(config: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether stock keeps the documents of a packed row apart, if there are any: not where it makes a cache."""
+    use_cache = kwargs.get("use_cache")
+    return kwargs.get("position_ids") is not None and not (config.use_cache if use_cache is None else use_cache)
+
+
+def _is_mask(mask: Any, inputs: torch.Tensor) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape == inputs.shape[:2]
 
 
 def _is_harmless(hook: Any) -> bool:
@@ -233,7 +270,7 @@ def _is_harmless(hook: Any) -> bool:
     return is_recorder or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
 
 
-def _flattened(kwargs: dict[str, Any], index: torch.Tensor, documents: Documents) -> dict[str, Any]:
+def _flattened(kwargs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
     """The same call on the tokens at `index` of all rows together."""
     mask, position_ids = kwargs["attention_mask"], kwargs.get("position_ids")
     if position_ids is None:
@@ -243,11 +280,6 @@ def _flattened(kwargs: dict[str, Any], index: torch.Tensor, documents: Documents
         if kwargs.get(name) is not None:
             flat[name] = kwargs[name].flatten(0, 1).index_select(0, index)[None]
     flat["position_ids"] = position_ids.expand(mask.shape).flatten().index_select(0, index)[None]
-    # A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
-    # that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
-    flat["attention_mask"] = mask.new_ones(1, 1, 1, len(index) + 1, dtype=torch.bool)
-    flat["documents"] = documents
-    flat["use_cache"] = False  # the config's default, where a plain loop leaves it on: nobody generates from this pass
     return flat
 
 

@@ -101,6 +101,20 @@ def test_accumulation_with_an_uneven_last_batch(accumulation, passes, tmp_path):
     assert passes
 
 
+@pytest.mark.parametrize("more", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
+def test_packing_of_trl(more, monkeypatch, tmp_path):
+    documents, attend = [], padding.varlen_attention
+
+    def recorded(query: Any, key: Any, value: Any, lengths: list[int], **kwargs: Any) -> Any:
+        documents.append(lengths)
+        return attend(query, key, value, lengths, **kwargs)
+
+    monkeypatch.setattr(padding, "varlen_attention", recorded)
+    compare(lambda folder: make_sft(folder, per_device_train_batch_size=2, **more), tmp_path, padding=True)
+    assert documents
+    assert all(len(lengths) > 1 for lengths in documents)
+
+
 def test_left_padding(passes, tmp_path):
     compare(lambda folder: make_plain(folder, left=True), tmp_path, padding=True)
     assert passes

@@ -164,6 +164,69 @@ def test_no_bit_of_a_row_depends_on_another():
     assert not torch.equal(before[0], after[0])
 
 
+# ------------------------------------------------------------------------------------------------ packed by the script
+
+
+def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch.Tensor]:
+    """One row of documents, as TRL packs: positions start anew, no mask, no label for a first token."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (1, sum(lengths)), generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    labels = torch.where(positions == 0, -100, ids)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen2", "phi3"])
+def test_packed_rows(family, monkeypatch):
+    model, inputs = tiny_model(family), packed()
+    loss, gradients = reference64(model, inputs)
+    exact, stock = [{"loss": loss, **gradients}], [results(model, inputs)]
+    patch(model)
+    seen = []
+    attend = padding.varlen_attention
+    monkeypatch.setattr(padding, "varlen_attention", lambda *a, **k: seen.append(a[3]) or attend(*a, **k))
+    ours = [results(model, inputs)]
+    assert seen == [list(LENGTHS)] * 2
+    assert error_of(ours, exact) <= 1.2 * error_of(stock, exact)
+
+
+def test_no_bit_of_a_packed_document_depends_on_another():
+    model, inputs = tiny_model("llama").model, packed()
+    inputs.pop("labels")
+    patch(model)
+    before = model(**inputs).last_hidden_state
+    inputs["input_ids"][0, 17:47] = 5
+    after = model(**inputs).last_hidden_state
+    others = torch.tensor([i for i in range(sum(LENGTHS)) if not 17 <= i < 47])
+    assert torch.equal(before[:, others], after[:, others])
+    assert not torch.equal(before, after)
+
+
+def test_one_document_is_no_packed_row():
+    stays_stock(tiny_model("llama"), packed((30,)))
+
+
+def test_where_stock_does_not_keep_documents_apart():
+    """It looks for them only where it makes no cache."""
+    model, inputs = tiny_model("llama", use_cache=True), packed()
+    del inputs["use_cache"]
+    stock = results(model, inputs)
+    patch(model)
+    for name, value in results(model, inputs).items():
+        assert torch.equal(value, stock[name])
+
+
+def test_what_trl_adds_to_a_packed_row():
+    model, inputs = tiny_model("llama"), packed()
+    stock = results(model, inputs)
+    bounds = torch.tensor([0, 17, 47, 77, 81], dtype=torch.int32)
+    patch(model)
+    more = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 30, "max_length_k": 30}
+    ours = results(model, {**inputs, **more})
+    assert state_of(model).tried
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ what stays stock
 
 
