@@ -97,7 +97,7 @@ class _Activation:
             roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict)
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
-        is_reference = trainer is not None and model is getattr(trainer, "ref_model", None)
+        is_reference = model is getattr(trainer, "ref_model", None)
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
             roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)

@@ -73,19 +73,24 @@ def _assigned_names(function: ast.FunctionDef) -> list[str]:
     return [node.id for node in sorted(stores, key=lambda node: (node.lineno, node.col_offset))]
 
 
+def syntax_tree(function: Callable[..., Any]) -> ast.Module | None:
+    """The syntax tree of a function's source, decorators unwrapped; None where there is no readable source."""
+    if not inspect.isfunction(function):
+        return None
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
 @functools.lru_cache(maxsize=4096)
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """First 12 hex digits of the hash of `function`'s normalised body, decorators unwrapped.
 
     None where there is no readable source: a builtin, a callable object, a body made at run time.
     """
-    if not inspect.isfunction(function):
-        return None
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    node = tree.body[0]
+    tree = syntax_tree(function)
+    node = None if tree is None else tree.body[0]
     if not isinstance(node, ast.FunctionDef):
         return None
     return hashlib.sha256(_serialise(_Normalise().visit(node)).encode()).hexdigest()[:12]

@@ -24,7 +24,6 @@ import ast
 import functools
 import inspect
 import sys
-import textwrap
 import warnings
 import weakref
 from collections.abc import Callable
@@ -46,13 +45,20 @@ from .engine import (
     same_name_subclass,
     stock_class,
 )
+from .fingerprint import syntax_tree
 
 MODELS = "transformers.modeling_utils"
 DEVICES = {"cpu"}
 
 _MASKS = {"create_causal_mask", "create_sliding_window_causal_mask"}
-_MASK_ARGUMENTS = {"config", "inputs_embeds", "input_embeds", "attention_mask", "past_key_values", "position_ids"} | {
-    "cache_position"
+_MASK_ARGUMENTS = {
+    "attention_mask",
+    "cache_position",
+    "config",
+    "input_embeds",
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
 }
 # Arguments of a backbone's forward: to be flattened, for the loss alone, and those that must be off.
 _FLATTENED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
@@ -289,9 +295,8 @@ def _flattened(kwargs: dict[str, Any], index: torch.Tensor) -> dict[str, Any]:
 @functools.cache
 def _mask_conflict(forward: Callable[..., Any]) -> str | None:
     """Why flattening would change what a backbone's forward computes, as far as its source tells."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
-    except (OSError, TypeError, SyntaxError):
+    tree = syntax_tree(forward)
+    if tree is None:
         return "its source cannot be read"
     allowed: set[int] = set()
     for node in ast.walk(tree):
@@ -428,6 +433,8 @@ def labels_on_padding(batch: Any) -> bool:
 
 def batches_fetched(model: nn.Module, batches: list[Any]) -> None:
     """Looks at the micro-batches of the next step."""
+    if not _STATES:  # a walk over all modules takes milliseconds, at every step
+        return
     states = [_STATES[module] for module in model.modules() if module in _STATES]
     if states:
         skip = any(map(labels_on_padding, batches))

@@ -141,11 +141,10 @@ class _Region:
         self._like: list[Any] = []
         self._autocast = _autocast_states(device)
         self._random = _random_states(device) if preserve_random_state else None
-        self._args = [None if isinstance(arg, torch.Tensor) else arg for arg in args]
-        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        tensors = {place: arg for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
+        self._args, self._places = [None if i in tensors else arg for i, arg in enumerate(args)], list(tensors)
         with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
-            self._kept = _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
-        self._places = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+            self._kept = _Keep.apply(torch.empty(0, requires_grad=True), *tensors.values()).grad_fn
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot()

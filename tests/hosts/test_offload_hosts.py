@@ -27,24 +27,15 @@ from tests.training import (
     PROMPTS,
     arguments,
     distinct_words,
-    fused_head_on_cpu,
-    one_thread,
     padded_rows,
     prompts_and_completions,
     tokenizer,
 )
 
-pytestmark = pytest.mark.newest
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("on_cpu")]
 
 LAYERS = 4
 OFFLOAD = {**{field.name: False for field in fields(TurboConfig)}, "offload": True}
-
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with one_thread(), fused_head_on_cpu():
-        yield
-        hf_turbo.disable()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, Rewa
 
 import hf_turbo
 from tests.models import tiny_model
-from tests.training import Run, arguments, compare, fused_head_on_cpu, one_thread, tokenizer, words
+from tests.training import Run, arguments, compare, tokenizer, words
 
 # Dialogues of three to twenty words, as uneven as real ones.
 ROWS = [{"prompt": words(i, 3 + 5 * i % 11), "completion": " " + words(i + 3, 2 + 7 * i % 9)} for i in range(16)]
@@ -26,11 +26,7 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with one_thread(), fused_head_on_cpu():
-        yield
-        hf_turbo.disable()
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from trl import (
     SFTTrainer,
 )
 
-import hf_turbo
 from tests.models import tiny_model
 from tests.training import (
     COMPLETIONS,
@@ -45,17 +44,10 @@ from tests.training import (
     arguments,
     compare,
     distinct_words,
-    fused_head_on_cpu,
-    one_thread,
     tokenizer,
 )
 
-
-@pytest.fixture(autouse=True)
-def on_cpu():
-    with one_thread(), fused_head_on_cpu():
-        yield
-        hf_turbo.disable()
+pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture(params=["as here", "as on a GPU"])
