@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from worker import PROFILED_STEPS, STEP_LINE, SYSTEMS, spec
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, parse
 
 RIVALS = ("liger", "unsloth")
 Result = dict[str, Any]
@@ -60,6 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a field of the workload"
     )
     parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="an option of hf_turbo.enable(), for turbo"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="PATH", help="append the measurements to this file, one line a run"
     )
     parser.add_argument("--profile", action="store_true", help="also count launches and device time (CUDA)")
@@ -69,6 +72,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = [name for name in args.systems if name not in SYSTEMS]
     if unknown:
         parser.error(f"unknown systems {', '.join(unknown)}: choose from {', '.join(SYSTEMS)}")
+    pairs = [text.partition("=") for text in args.option]
+    if not all(separator for _, separator, _ in pairs):
+        parser.error("--option takes NAME=VALUE")
+    args.option = {name: parse(value) for name, _, value in pairs}
     if args.steps < 1 or args.warmup < 0:
         parser.error("--steps must be at least 1 and --warmup at least 0")
     return args
@@ -205,7 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         console.print(str(error), style="red", markup=False)
         return 2
-    settings = {"steps": args.steps, "warmup": args.warmup, "profile": args.profile, "cpu": args.tiny}
+    settings = {
+        "steps": args.steps,
+        "warmup": args.warmup,
+        "profile": args.profile,
+        "cpu": args.tiny,
+        "options": args.option,
+    }
     total = args.warmup + args.steps + (PROFILED_STEPS if args.profile and not args.tiny else 0)
     results: dict[str, Result] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -235,6 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             "workload": args.workload,
             "tiny": args.tiny,
             "settings": asdict(workload),
+            "options": args.option,
             "steps": args.steps,
             "warmup": args.warmup,
             "systems": results,

@@ -165,7 +165,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
     if system == "turbo":
         import hf_turbo
 
-        hf_turbo.enable()
+        hf_turbo.enable(**spec.get("options", {}))
 
     import peft
     import torch

@@ -144,7 +144,8 @@ class _Region:
         tensors = {place: arg for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
         self._args, self._places = [None if i in tensors else arg for i, arg in enumerate(args)], list(tensors)
         with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
-            self._kept = _Keep.apply(torch.empty(0, requires_grad=True), *tensors.values()).grad_fn
+            # The tensor and not its node: until torch 2.13 the node dies, and frees what it saved, with the tensor.
+            self._kept = _Keep.apply(torch.empty(0, requires_grad=True), *tensors.values())
 
     def pack(self, tensor: torch.Tensor) -> _Slot:
         slot = _Slot()
@@ -190,7 +191,7 @@ class _Region:
             return tensor
 
         args = list(self._args)
-        for place, tensor in zip(self._places, self._kept.saved_tensors, strict=True):
+        for place, tensor in zip(self._places, self._kept.grad_fn.saved_tensors, strict=True):
             args[place] = tensor
         random = None if self._random is None else _random_states(self._device)
         try:
