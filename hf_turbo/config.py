@@ -28,7 +28,10 @@ class TurboConfig:
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory.
         padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
-            so in rows that the script has packed. On the CPU so far, and off unless asked for.
+            so in rows that the script has packed.
+        merging: with gradient accumulation, micro-batches share passes through the backbone, as many as memory allows.
+        max_tokens_per_pass: tokens that micro-batches sharing a pass may have together; None: chosen from measured
+            memory.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
             the computation; "auto" where the copies hide behind it.
@@ -49,11 +52,13 @@ class TurboConfig:
     rope: Choice = "auto"
     loss: Choice = "auto"
     lora: Choice = "auto"
-    padding: Choice = False
+    padding: Choice = "auto"
+    merging: Choice = "auto"
     checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"
     host: Choice = "auto"
+    max_tokens_per_pass: int | None = None
     expanded_weights: bool = False
     metrics: bool = True
     report: bool = True
@@ -61,6 +66,10 @@ class TurboConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if field.name == "max_tokens_per_pass":
+                if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                    raise ValueError(f"hf_turbo option {field.name}={value!r}: a number of tokens, 1 or more, or None")
+                continue
             valid = (True, False) if field.type == "bool" else (True, False, "auto")
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in valid):
                 raise ValueError(f"hf_turbo option {field.name}={value!r}: choose one of {', '.join(map(repr, valid))}")

@@ -37,6 +37,7 @@ class _Activation:
         self._patches: list[Patch] = []
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._of_role: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Patch]]] = weakref.WeakKeyDictionary()
+        self._merging: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         # Trainers inside train(), each with the callback that counts its tokens.
         self.training: dict[Any, MetricsCallback | None] = {}
         report.options = asdict(config)
@@ -95,6 +96,10 @@ class _Activation:
         if self.config.padding is True or (self.config.padding and padding.backbones(model)):
             device = _training_device(model, trainer, by_loop)
             roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict)
+            accumulates = trainer is not None and trainer.args.gradient_accumulation_steps > 1
+            if accumulates or self.config.merging is True:
+                against = "no Trainer" if trainer is None else trainer_patches.merging_conflict(trainer)
+                roles["merging"] = (lambda: padding.find_merging(model), conflict or against)
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         is_reference = model is getattr(trainer, "ref_model", None)
@@ -105,6 +110,7 @@ class _Activation:
         if offload is not None:
             roles["offload"] = (offload[0], conflict or offload[1])
         name = _model_name(model)
+        self._merging.discard(model)
         rows = []
         for role, (find, reason) in roles.items():
             row = self._apply(model, name, role, find(), reason)
@@ -114,6 +120,8 @@ class _Activation:
                     f"{row.reason or 'the model has no such part'}. Use {role}='auto' to go on without it"
                 )
             rows.append(row)
+            if role == "merging" and row.patched:
+                self._merging.add(model)
         self.report.models[id(model)] = rows
         self._met.add(model)
 
@@ -144,6 +152,25 @@ class _Activation:
 
         conflict = None if can_copy else f"nothing to offload from: training on {device.type}"
         return find, conflict or (checkpointing.offload_conflict(trainer) if trainer is not None else None)
+
+    def passes(self, model: nn.Module) -> Callable[[list[int], int, float | None], list[int]] | None:
+        """How many micro-batches of a step share a pass through this model; None where none do."""
+        from hf_turbo.patches import device_memory
+
+        from .policies import batching
+
+        if model not in self._merging:
+            return None
+        fixed = self.config.max_tokens_per_pass
+
+        def plan(tokens: list[int], worst: int, kept_per_token: float | None) -> list[int]:
+            limit = fixed
+            if limit is None:
+                free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
+                limit = batching.token_limit(worst, kept_per_token, free)
+            return batching.passes(tokens, limit)
+
+        return plan
 
     def meet_optimizer(self, optimizer: Any, accelerator: Any) -> None:
         """Patches an optimizer that is about to be prepared, and records its row."""
@@ -428,8 +455,9 @@ def _model_made(trainer: Any, model: nn.Module) -> None:
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
     from hf_turbo.patches import padding
 
-    padding.batches_fetched(trainer.model, batches)
     for activation in _STATE.activations:
+        if trainer in activation.training:
+            padding.batches_fetched(trainer.model, batches, activation.passes(trainer.model))
         meter = activation.training.get(trainer)
         if meter is not None:
             meter.count(batches)

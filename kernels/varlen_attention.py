@@ -3,15 +3,25 @@
     o_t = sum over s of softmax_s(scale * q_t . k_s) v_s
           s in the document of t; s <= t if causal; s > t - window with a window
 
-Documents are cut out and computed by `scaled_dot_product_attention`, runs of equal length in one call, so that no
-matrix of all tokens by all tokens exists and no document can see another. Memory is O(tokens) with the fused kernels of
-torch; a window shorter than a document takes a mask of that document's length squared.
+No matrix of all tokens by all tokens exists, and no document can see another. Two ways, by measurement on an H200 (32
+query heads on 8 key heads of 128, bf16, forward and backward, microseconds):
+
+    8 documents of 512 tokens       variable-length kernel 127 + 350, one call a document 301 + 2,315
+    20 of 100 to 1,500              630 + 1,815 against 1,290 + 6,485
+    2 of 2,048                      282 + 815 against 188 + 938
+    1 of 32,768                     25,400 + 69,900 against 15,300 + 43,100
+
+* torch's FlashAttention for documents of any lengths, in one call: on CUDA, in 16 bits.
+* `scaled_dot_product_attention`, runs of equal length in one call: where all documents are of one length, and
+  everywhere else. A window shorter than a document takes a mask of that document's length squared.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -23,6 +33,7 @@ def varlen_attention(
     value: torch.Tensor,
     lengths: Sequence[int],
     *,
+    starts: torch.Tensor | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -34,6 +45,8 @@ def varlen_attention(
         query: [H, T, D], T tokens of all documents.
         key, value: [G, T, D], H a multiple of G: query heads share key and value heads in equal runs.
         lengths: of the documents in tokens, in order; they add up to T.
+        starts: [documents + 1] int32 on the device of `query`, where each document begins and the last ends; made
+            from `lengths` if not given.
         scale: of the scores; default 1 / sqrt(D).
         causal: tokens see only themselves and what is before them.
         window: with `causal`, the number of tokens that one sees, itself included; None for all.
@@ -52,6 +65,84 @@ def varlen_attention(
         raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens needs causal attention and at least one token")
+    if _flash_can(query, value) and not (window is None and len(set(lengths)) == 1):
+        return _flash(query, key, value, lengths, starts, scale, causal, window, dropout)
+    return _by_runs(query, key, value, lengths, scale, causal, window, dropout)
+
+
+def _flash_can(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's FlashAttention takes these, with their gradients."""
+    width = query.shape[-1]
+    return (
+        _FLASH is not None
+        and query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and value.dtype == query.dtype
+        and value.shape[-1] == width
+        and width % 8 == 0
+        and query.shape[1] > 0
+        and width <= _widest(query.device.index)
+    )
+
+
+@functools.cache
+def _widest(device: int) -> int:
+    """The widest head that FlashAttention differentiates on a device: 0 where it does not run."""
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.cuda is None or capability < (8, 0):
+        return 0
+    return 256 if capability in ((8, 0), (9, 0)) else 192
+
+
+def _find_flash() -> Any:
+    """torch's operator, as long as it takes what it is given here."""
+    operator = getattr(torch.ops.aten, "_flash_attention_forward", None)
+    names = [argument.name for argument in operator.default._schema.arguments] if operator is not None else []
+    expected = [*("query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"), "dropout_p", "is_causal"]
+    expected += ["return_debug_mask", "scale"]
+    windows = {"window_size_left", "window_size_right"}
+    return operator if names[: len(expected)] == expected and windows <= set(names) else None
+
+
+_FLASH = _find_flash()
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    starts: torch.Tensor | None,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    if starts is None:
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+    longest = max(lengths)
+    windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    output: torch.Tensor = _FLASH(
+        query, key, value, starts, starts, longest, longest, dropout, causal, False, scale=scale, **windows
+    )[0]
+    return output.contiguous()
+
+
+def _by_runs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+    dropout: float,
+) -> torch.Tensor:
+    heads = query.shape[0]
     outputs, start = [], 0
     for length, run in itertools.groupby(lengths):
         count = len(list(run))

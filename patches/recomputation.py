@@ -140,7 +140,7 @@ class _Region:
         self._slots: list[weakref.ref[_Slot]] = []
         self._like: list[Any] = []
         self._autocast = _autocast_states(device)
-        self._random = _random_states(device) if preserve_random_state else None
+        self._random = random_states(device) if preserve_random_state else None
         tensors = {place: arg for place, arg in enumerate(args) if isinstance(arg, torch.Tensor)}
         self._args, self._places = [None if i in tensors else arg for i, arg in enumerate(args)], list(tensors)
         with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
@@ -193,7 +193,7 @@ class _Region:
         args = list(self._args)
         for place, tensor in zip(self._places, self._kept.grad_fn.saved_tensors, strict=True):
             args[place] = tensor
-        random = None if self._random is None else _random_states(self._device)
+        random = None if self._random is None else random_states(self._device)
         try:
             with ExitStack() as stack:
                 for state, now in zip(self._autocast, _autocast_states(self._device), strict=True):
@@ -203,13 +203,13 @@ class _Region:
                 stack.enter_context(saved_tensors_hooks(pack, lambda tensor: tensor))
                 stack.enter_context(torch.enable_grad())
                 if self._random is not None:
-                    _set_random_states(self._random, self._device)
+                    set_random_states(self._random, self._device)
                 _run(self._function, args)
         except _Done:
             pass
         finally:
             if random is not None:
-                _set_random_states(random, self._device)
+                set_random_states(random, self._device)
         if count != len(slots):
             raise CheckpointError(
                 "torch.utils.checkpoint: A different number of tensors was saved during the original forward and "
@@ -244,10 +244,12 @@ def _generators(device: torch.device) -> list[torch.Generator]:
     return generators
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU's generator, and of the device's."""
     return [generator.get_state() for generator in _generators(device)]
 
 
-def _set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+def set_random_states(states: list[torch.Tensor], device: torch.device) -> None:
+    """Sets what `random_states` returned."""
     for generator, state in zip(_generators(device), states, strict=True):
         generator.set_state(state)

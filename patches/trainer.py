@@ -71,6 +71,34 @@ def loss_conflict(trainer: Any) -> str | None:
     return None
 
 
+def merging_conflict(trainer: Any) -> str | None:
+    """Why each micro-batch of this trainer is a pass of its own, or None.
+
+    Backward of a pass runs with the last of its micro-batches: what acts at every backward would miss the others.
+    """
+    training_step, args = type(trainer).training_step, trainer.args
+    if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
+        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
+    if args.n_gpu > 1:
+        return "nn.DataParallel; launch one process per device instead"
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    if kind not in {"NO", "MULTI_CPU", "MULTI_GPU"}:
+        return f"{kind.lower()} gathers weights at every pass"
+    if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
+        return "sync_each_batch is on"
+    if getattr(args, "activation_offloading", False):
+        return "activation_offloading is on: TRL offloads at every pass"
+    if getattr(args, "torch_compile", False):
+        return "torch_compile is on"
+    optim = str(getattr(args.optim, "value", args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        return f"{optim} steps at every backward"
+    handler = getattr(trainer.accelerator, "ddp_handler", None)
+    if getattr(handler, "static_graph", False):
+        return "static_graph is on: every backward has to be the same"
+    return None
+
+
 def model_conflict(trainer: Any) -> str | None:
     """Why this trainer's whole model stays stock, or None."""
     if getattr(trainer.args, "use_liger_kernel", False):

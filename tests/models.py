@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from hf_turbo import TurboConfig
 
 VOCABULARY = 97
 
@@ -164,3 +167,9 @@ def with_dense_weights(model: Any) -> Any:
         dense.bias = module.bias
         model.set_submodule(name, dense)
     return model
+
+
+def switched_off(*but: str) -> dict[str, bool]:
+    """Options that leave every feature stock, except those named, which are not among them."""
+    switches = [field.name for field in fields(TurboConfig) if isinstance(field.default, (bool, str))]
+    return {name: False for name in switches if name not in but}

@@ -7,20 +7,29 @@ import pytest
 from hf_turbo import TurboConfig
 
 NAMES = [field.name for field in fields(TurboConfig)]
+SWITCHES = [name for name in NAMES if name != "max_tokens_per_pass"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", [True, False])
 def test_every_feature_can_be_asked_for_and_turned_off(name, value):
     assert getattr(TurboConfig(**{name: value}), name) is value
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("value", ["fast", "True", "", 1, 0, None, 1.0, [], {}])
 def test_other_values_raise_and_name_the_choices(name, value):
     """1 == True, but a switch that takes numbers would take any number: 0 and 1 are refused as well."""
     with pytest.raises(ValueError, match=rf"{name}=.*choose one of .*True, False"):
         TurboConfig(**{name: value})
+
+
+def test_a_number_of_tokens():
+    assert TurboConfig().max_tokens_per_pass is None
+    assert TurboConfig(max_tokens_per_pass=4096).max_tokens_per_pass == 4096
+    for value in (True, 0, -1, 1.0, "4096"):
+        with pytest.raises(ValueError, match=r"max_tokens_per_pass=.*a number of tokens"):
+            TurboConfig(max_tokens_per_pass=value)
 
 
 def test_a_number_of_numpy_is_no_switch():

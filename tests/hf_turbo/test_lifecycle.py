@@ -198,7 +198,7 @@ def test_callback_acts_for_its_trainer_only(tmp_path):
     assert hf_turbo.report() is last
     carrier.train()
     report = hf_turbo.report()
-    assert report.patched == 10
+    assert report.patched == 11
     assert not report.live, "all is put back when train() ends"
     assert type(carrier_model.model.norm) is modeling_llama.LlamaRMSNorm
     assert "turbo/tokens_per_second" in carrier.state.log_history[0]

@@ -6,7 +6,6 @@ CPU tensors stand for those of a device, and copies happen as late as they may (
 from __future__ import annotations
 
 import gc
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import hf_turbo
-from hf_turbo import TurboConfig
-from tests.models import tiny_model
+from tests.models import switched_off, tiny_model
 from tests.patches.late_copies import LateCopies
 from tests.training import (
     PREFERENCES,
@@ -35,7 +33,7 @@ from tests.training import (
 pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("on_cpu")]
 
 LAYERS = 4
-OFFLOAD = {**{field.name: False for field in fields(TurboConfig)}, "offload": True}
+OFFLOAD = {**switched_off(), "offload": True}
 
 
 @pytest.fixture

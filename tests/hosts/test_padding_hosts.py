@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_turbo.patches import padding
+from hf_turbo.patches import padding, varlen
 from transformers import DataCollatorForSeq2Seq, LlamaForSequenceClassification, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
@@ -30,16 +31,15 @@ pytestmark = pytest.mark.usefixtures("on_cpu")
 
 
 @pytest.fixture
-def passes(monkeypatch) -> list[tuple[int, int]]:
-    """Tokens of each flattened pass, and those of stock."""
-    seen, apply = [], padding._Restore.apply
+def passes(monkeypatch) -> list[list[tuple[int, int]]]:
+    """Tokens of each micro-batch of each pass, and those of stock."""
+    seen, run = [], padding._run
 
-    def recorded(flat: Any, index: Any, rows: int, columns: int, state: Any) -> Any:
-        seen.append((len(index), rows * columns))
-        assert flat.shape[1] == len(index)
-        return apply(flat, index, rows, columns, state)
+    def recorded(backbone: Any, stock: Any, kwargs: Any, rest: Any, of: Any, state: Any) -> None:
+        seen.append([(each.tokens, each.rows * each.columns) for each in of.micro_batches])
+        run(backbone, stock, kwargs, rest, of, state)
 
-    monkeypatch.setattr(padding._Restore, "apply", staticmethod(recorded))
+    monkeypatch.setattr(padding, "_run", recorded)
     return seen
 
 
@@ -87,7 +87,7 @@ def test_trainers(make, checkpointing, passes, tmp_path):
     turbo = compare(lambda folder: make(folder, gradient_checkpointing=checkpointing), tmp_path, padding=True)
     assert turbo.patched["padding"] >= 1
     assert passes
-    assert all(tokens < stock for tokens, stock in passes)
+    assert all(tokens < stock for micro_batches in passes for tokens, stock in micro_batches)
 
 
 @pytest.mark.parametrize("accumulation", [3, 16])
@@ -99,13 +99,13 @@ def test_accumulation_with_an_uneven_last_batch(accumulation, passes, tmp_path):
 
 @pytest.mark.parametrize("more", [{"packing": True, "max_length": 32}, {"padding_free": True, "max_length": None}])
 def test_packing_of_trl(more, monkeypatch, tmp_path):
-    documents, attend = [], padding.varlen_attention
+    documents, attend = [], varlen.varlen_attention
 
     def recorded(query: Any, key: Any, value: Any, lengths: list[int], **kwargs: Any) -> Any:
         documents.append(lengths)
         return attend(query, key, value, lengths, **kwargs)
 
-    monkeypatch.setattr(padding, "varlen_attention", recorded)
+    monkeypatch.setattr(varlen, "varlen_attention", recorded)
     compare(lambda folder: make_sft(folder, per_device_train_batch_size=2, **more), tmp_path, padding=True)
     assert documents
     assert all(len(lengths) > 1 for lengths in documents)
@@ -138,7 +138,7 @@ def test_labels_on_padding_stay_stock(passes, tmp_path):
 def test_the_report_says_what_was_left_out(passes, tmp_path):
     with hf_turbo.session(padding=True):
         make_sft(tmp_path).train()
-    tokens, stock = (sum(column) for column in zip(*passes, strict=True))
+    tokens, stock = (sum(column) for column in zip(*itertools.chain(*passes), strict=True))
     notes = json.loads((tmp_path / "hf_turbo_report.json").read_text())["notes"]
     assert notes == hf_turbo.report().notes
     (note,) = [note for note in notes if note.startswith("padding: ")]

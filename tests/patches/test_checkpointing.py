@@ -14,7 +14,6 @@ import gc
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -25,12 +24,11 @@ from hf_turbo.patches.host_memory import Saved
 from torch import nn
 
 import hf_turbo
-from hf_turbo import TurboConfig
-from tests.models import batch, loss_and_gradients, tiny_model
+from tests.models import batch, loss_and_gradients, switched_off, tiny_model
 from tests.patches.late_copies import LateCopies
 
 LAYERS = 5
-OTHERS = {field.name: False for field in fields(TurboConfig) if field.name != "offload"}
+OTHERS = switched_off("offload")
 ATTRIBUTE = "_gradient_checkpointing_func"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -15,15 +14,14 @@ from hf_turbo.patches.host_memory import STAYING, CudaCopies, HostStore
 from torch.autograd import DeviceType
 
 import hf_turbo
-from hf_turbo import TurboConfig
-from tests.models import VOCABULARY, tiny_model
+from tests.models import VOCABULARY, switched_off, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-OTHERS = {field.name: False for field in fields(TurboConfig) if field.name != "offload"}
+OTHERS = switched_off("offload")
 MIB = 2**20
 
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
-from hf_turbo.patches import padding
+from hf_turbo.patches import micro_batches, padding, varlen
 from torch import nn
 
 import hf_turbo
-from hf_turbo import TurboConfig
-from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, tiny_model
+from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, switched_off, tiny_model
 
-OTHERS = {field.name: False for field in fields(TurboConfig) if field.name != "padding"}
+OTHERS = switched_off("padding")
 LENGTHS = (17, 30, 30, 4)
 PATCHED = sorted(set(FAMILIES) - {"gemma2"})
 
@@ -183,8 +181,8 @@ def test_packed_rows(family, monkeypatch):
     exact, stock = [{"loss": loss, **gradients}], [results(model, inputs)]
     patch(model)
     seen = []
-    attend = padding.varlen_attention
-    monkeypatch.setattr(padding, "varlen_attention", lambda *a, **k: seen.append(a[3]) or attend(*a, **k))
+    attend = varlen.varlen_attention
+    monkeypatch.setattr(varlen, "varlen_attention", lambda *a, **k: seen.append(a[3]) or attend(*a, **k))
     ours = [results(model, inputs)]
     assert seen == [list(LENGTHS)] * 2
     assert error_of(ours, exact) <= 1.2 * error_of(stock, exact)
@@ -363,14 +361,14 @@ def test_a_loss_on_padding_is_noticed():
 def test_labels_on_padding(change, expected):
     inputs = padded()
     change(inputs)
-    assert padding.labels_on_padding(inputs) is expected
+    assert micro_batches.labels_on_padding(inputs) is expected
 
 
 def test_the_first_token_behind_left_padding():
     inputs = padded(left=True)
-    assert not padding.labels_on_padding(inputs)
+    assert not micro_batches.labels_on_padding(inputs)
     inputs["labels"][0, 13] = 5
-    assert padding.labels_on_padding(inputs)
+    assert micro_batches.labels_on_padding(inputs)
 
 
 def test_switched_off_between_forward_and_recomputation():

@@ -1,0 +1,134 @@
+"""What speaks against computing a backbone's batches without padding, read off its source, its config and its hooks."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from . import varlen
+from .engine import forward_of
+from .fingerprint import syntax_tree
+
+DEVICES = {"cpu", "cuda"}
+
+_MASKS = {"create_causal_mask", "create_sliding_window_causal_mask"}
+_MASK_ARGUMENTS = {
+    "attention_mask",
+    "cache_position",
+    "config",
+    "input_embeds",
+    "inputs_embeds",
+    "past_key_values",
+    "position_ids",
+}
+
+
+def conflict(backbone: Any, device_type: str) -> str | None:
+    """Why a backbone stays stock, or None."""
+    if device_type not in DEVICES:
+        return f"attention by documents has not been measured on {device_type}"
+    implementation = getattr(backbone.config, "_attn_implementation", None)
+    if implementation != varlen.IMPLEMENTATION:
+        return f"attn_implementation is {implementation!r}"
+    if "forward" in backbone.__dict__:
+        return "an instance forward"
+    registry = varlen.registry()
+    if registry is None or not varlen.attention_patch(registry).can_apply():
+        return "the registry entry 'sdpa' was replaced"
+    return HookWatch(backbone).conflict() or _mask_conflict(forward_of(type(backbone))) or _windows_conflict(backbone)
+
+
+def is_harmless(hook: Any) -> bool:
+    """Whether a hook does not care for shapes: it makes embeddings require gradients, or waits to record outputs."""
+    is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return is_recorder or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
+
+
+class HookWatch:
+    """The hooks inside a backbone, those of the backbone itself left out: they see what they have always seen.
+
+    Hooks come and go during training, and a walk over all modules takes milliseconds: their dictionaries are collected
+    once, and looked into again where their number has changed.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        inside = [module for module in backbone.modules() if module is not backbone]
+        self._of_modules: list[dict[int, Any]] = [
+            hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._count, self._conflict = -1, ""
+
+    def conflict(self) -> str | None:
+        """Why these hooks speak against passes without padding, or None."""
+        count = sum(map(len, self._of_modules))
+        if count != self._count:
+            hooks = (hook for each in self._of_modules for hook in each.values())
+            self._count = count
+            self._conflict = "" if all(map(is_harmless, hooks)) else "hooks on its layers would see other shapes"
+        return self._conflict or None
+
+
+@functools.cache
+def _mask_conflict(forward: Callable[..., Any]) -> str | None:
+    """Why flattening would change what a backbone's forward computes, as far as its source tells."""
+    tree = syntax_tree(forward)
+    if tree is None:
+        return "its source cannot be read"
+    allowed: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else ""
+            if name == "isinstance":
+                allowed |= {id(each) for each in ast.walk(node.args[0])}
+            if name in _MASKS or name == "mask_function":
+                arguments = {keyword.arg for keyword in node.keywords} - {None}
+                if node.args or not arguments <= _MASK_ARGUMENTS:
+                    return f"{name} is called with {', '.join(sorted(map(str, arguments - _MASK_ARGUMENTS)))}"
+                allowed |= {id(keyword.value) for keyword in node.keywords}
+        if isinstance(node, ast.Dict):
+            keys = {str(key.value) for key in node.keys if isinstance(key, ast.Constant)}
+            if "attention_mask" in keys:
+                if not keys <= _MASK_ARGUMENTS:
+                    return f"masks depend on {', '.join(sorted(keys - _MASK_ARGUMENTS))}"
+                allowed |= {id(value) for value in node.values}
+        if isinstance(node, ast.Name) and node.id.startswith("create_") and node.id not in _MASKS:
+            return f"masks are made by {node.id}"
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if "create_causal_mask" not in names:
+        return "it makes no causal mask"
+    for node in ast.walk(tree):
+        reads = isinstance(node, ast.Name) and node.id == "attention_mask" and isinstance(node.ctx, ast.Load)
+        if reads and id(node) not in allowed:
+            return "it reads the mask itself"
+    return None
+
+
+def _windows_conflict(backbone: Any) -> str | None:
+    """Why windows of attention would be lost: stock puts them into the mask, here the layers have to name them."""
+    if getattr(backbone.config, "use_bidirectional_attention", False):
+        return "attention is bidirectional"
+    for layer in backbone.layers:
+        attention = getattr(layer, "self_attn", None)
+        if attention is None:
+            return "a layer has no self_attn"
+        try:
+            source = inspect.getsource(inspect.unwrap(forward_of(type(attention))))
+        except (OSError, TypeError):
+            return "the source of its attention cannot be read"
+        if "**kwargs" not in source.partition("attention_interface(")[2]:
+            return "its attention does not pass arguments on"
+        kind = getattr(attention, "layer_type", None) or _layer_type(backbone.config, layer)
+        windowed = kind == "sliding_attention" or (kind is None and getattr(backbone.config, "sliding_window", None))
+        if windowed and "sliding_window=" not in source:
+            return "its attention does not name its window"
+    return None
+
+
+def _layer_type(config: Any, layer: Any) -> str | None:
+    types, index = getattr(config, "layer_types", None), getattr(layer.self_attn, "layer_idx", None)
+    return types[index] if types and index is not None and index < len(types) else None

@@ -1,0 +1,87 @@
+"""Attention by documents: the seam between a flattened pass and the attention layers of transformers.
+
+A layer calls the registry's entry "sdpa" with whatever keyword arguments the backbone was given. Where `documents` is
+among them, attention runs within these (kernels/varlen_attention.py); otherwise the entry is stock.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+from hf_turbo.kernels.varlen_attention import varlen_attention
+from torch import nn
+
+from .engine import ProcessPatch
+
+IMPLEMENTATION = "sdpa"
+_MODELS = "transformers.modeling_utils"
+_NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
+
+
+class Documents:
+    """The documents of a flattened pass, as the layers hand them to attention.
+
+    Attributes:
+        lengths: in tokens.
+        starts: [documents + 1] int32 on the pass's device: where each begins, and where the last ends.
+        calls: of the seam.
+    """
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths, self.calls = lengths, 0
+        starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1:])
+        self.starts = starts.to(device, non_blocking=True)
+
+
+class NotUnderstood(Exception):
+    """A layer asks for attention that does not run by documents."""
+
+
+def registry() -> Any:
+    """transformers' attention functions by name; None where transformers was not imported."""
+    return getattr(sys.modules.get(_MODELS), "AttentionInterface", None)
+
+
+@functools.cache
+def attention_patch(registry: Any) -> ProcessPatch:
+    """The entry of the registry that knows documents."""
+    mapping = registry._global_mapping
+    stock = mapping[IMPLEMENTATION]
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        documents = kwargs.get("documents")
+        if not isinstance(documents, Documents):
+            return stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            raise NotUnderstood("attention is not causal")
+        for name in _NOT_COMPUTED:
+            if kwargs.get(name) is not None:
+                raise NotUnderstood(f"attention takes {name}")
+        documents.calls += 1
+        output = varlen_attention(
+            query[0],
+            key[0],
+            value[0],
+            documents.lengths,
+            starts=documents.starts,
+            scale=scaling,
+            window=kwargs.get("sliding_window"),
+            dropout=dropout,
+        )
+        return output[None], None
+
+    return ProcessPatch("padding:sdpa", mapping, IMPLEMENTATION, attention)

@@ -1,0 +1,230 @@
+"""Whole trainings whose micro-batches share passes: the logs, metrics and weights of stock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_turbo.patches import padding
+from peft import LoraConfig
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import hf_turbo
+from tests.hosts.test_padding_hosts import ROWS, make_dpo, make_kto, make_plain, make_reward, make_sft
+from tests.models import tiny_model
+from tests.training import Run, arguments, compare, tokenizer
+
+pytestmark = pytest.mark.usefixtures("on_cpu")
+ALL = 1 << 20
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """Micro-batches of each pass."""
+    seen, run = [], padding._run
+
+    def recorded(backbone: Any, stock: Any, kwargs: Any, rest: Any, of: Any, state: Any) -> None:
+        seen.append(len(of.micro_batches))
+        run(backbone, stock, kwargs, rest, of, state)
+
+    monkeypatch.setattr(padding, "_run", recorded)
+    return seen
+
+
+@pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trainers(make, checkpointing, passes, tmp_path):
+    more = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing": checkpointing}
+    if make is make_kto:
+        more["per_device_train_batch_size"] = 2  # its KL term needs two
+    turbo = compare(lambda folder: make(folder, **more), tmp_path, max_tokens_per_pass=ALL)
+    assert turbo.patched["merging"] >= 1
+    assert passes
+    assert set(passes) <= {4, 2}  # 2: the last step of an epoch of KTO's 8 batches, or of pairs
+    assert 4 in passes
+
+
+@pytest.mark.parametrize(("accumulation", "size"), [(3, 3), (16, 1), (5, 2)])
+def test_an_uneven_last_step(accumulation, size, passes, tmp_path):
+    more = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": size, "max_steps": 4}
+    compare(lambda folder: make_sft(folder, **more), tmp_path, max_tokens_per_pass=ALL)
+    assert accumulation in passes
+
+
+def make_lora(folder: Path, **more: Any) -> Trainer:
+    args = SFTConfig(**arguments(folder, **more))
+    lora = LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear")
+    return SFTTrainer(
+        tiny_model("llama"), args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer(), peft_config=lora
+    )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_lora(checkpointing, passes, tmp_path):
+    more = {"gradient_accumulation_steps": 4, "gradient_checkpointing": checkpointing}
+    compare(lambda folder: make_lora(folder, **more), tmp_path, max_tokens_per_pass=ALL)
+    assert 4 in passes
+
+
+def test_a_limit_divides_the_step(passes, tmp_path):
+    """The gradient of two passes and a half, and of one each, is that of stock."""
+    more = {"gradient_accumulation_steps": 5, "per_device_train_batch_size": 1}
+    compare(lambda folder: make_sft(folder, **more), tmp_path, max_tokens_per_pass=30)
+    assert 1 < max(passes) < 5
+
+
+def test_by_itself_no_pass_holds_more_than_a_padded_micro_batch(monkeypatch, tmp_path):
+    sizes, run = [], padding._run
+
+    def recorded(backbone: Any, stock: Any, kwargs: Any, rest: Any, of: Any, state: Any) -> None:
+        sizes.append((sum(each.tokens for each in of.micro_batches), state.worst))
+        run(backbone, stock, kwargs, rest, of, state)
+
+    monkeypatch.setattr(padding, "_run", recorded)
+    compare(lambda folder: make_sft(folder, gradient_accumulation_steps=4), tmp_path)
+    assert sizes
+    assert all(tokens <= worst for tokens, worst in sizes)
+
+
+class Substeps(TrainerCallback):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append("begin")
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append("substep")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.events.append("end")
+
+
+def test_callbacks_fire_as_ever(tmp_path):
+    callback = Substeps()
+    with hf_turbo.session(max_tokens_per_pass=ALL):
+        trainer = make_sft(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2, max_steps=2)
+        trainer.add_callback(callback)
+        trainer.train()
+    assert callback.events == ["begin", "substep", "substep", "end"] * 2
+
+
+def test_resumed_from_a_checkpoint_of_stock_in_the_middle_of_an_epoch(passes, tmp_path):
+    more = {"gradient_accumulation_steps": 3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+    def make(folder: Path) -> Trainer:
+        return make_sft(folder, **more)
+
+    stock = Run(make, tmp_path / "stock")
+    perturbed = [Run(make, tmp_path / f"perturbed-{seed}", perturbed=seed) for seed in (1, 2, 3)]
+    resume = tmp_path / "stock" / "checkpoint-2"
+    turbo = Run(make, tmp_path / "turbo", turbo=True, resume=resume, max_tokens_per_pass=ALL)
+    losses = [run.logged("loss", after=2) for run in (stock, turbo, *perturbed)]
+    noise = max((loss - losses[0]).abs().max() for loss in losses[2:])
+    assert (losses[1] - losses[0]).abs().max() <= 5 * noise + torch.finfo(torch.float32).eps * losses[0].abs().max()
+    assert set(passes) <= {3, 1}  # an epoch is four micro-batches
+    assert 3 in passes
+
+
+class Stepwise(SFTTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().training_step(*args, **kwargs)
+
+
+class Reversing(SFTTrainer):
+    """Calls the model with tensors of its own."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        inputs = {
+            **inputs,
+            "input_ids": inputs["input_ids"].flip(0),
+            "attention_mask": inputs["attention_mask"].flip(0),
+        }
+        return super().compute_loss(model, {**inputs, "labels": inputs["labels"].flip(0)}, **kwargs)
+
+
+def test_a_training_step_of_the_script_is_left_alone(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        args = SFTConfig(**arguments(folder, gradient_accumulation_steps=4))
+        data = Dataset.from_list(ROWS)
+        return Stepwise(tiny_model("llama"), args, train_dataset=data, processing_class=tokenizer())
+
+    turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert "training_step is overridden by Stepwise" in turbo.reasons
+    assert set(passes) == {1}
+
+
+def test_other_tensors_than_foreseen(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        args = SFTConfig(**arguments(folder, gradient_accumulation_steps=4))
+        data = Dataset.from_list(ROWS)
+        return Reversing(tiny_model("llama"), args, train_dataset=data, processing_class=tokenizer())
+
+    compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert set(passes) == {1}
+
+
+def test_hooks_on_gradients(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        trainer = make_sft(folder, gradient_accumulation_steps=4)
+        trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        return trainer
+
+    turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert "hooks on the gradients of its parameters" in turbo.reasons
+    assert set(passes) == {1}
+
+
+def test_memory_that_runs_out_in_a_shared_pass(passes, monkeypatch, tmp_path):
+    """The pass is done again in smaller ones; the numbers are those of stock."""
+    failures, run = [], padding._run
+
+    def failing(backbone: Any, stock: Any, kwargs: Any, rest: Any, of: Any, state: Any) -> None:
+        run(backbone, stock, kwargs, rest, of, state)
+        if len(of.micro_batches) > 1 and len(failures) < 2:
+            failures.append(len(of.micro_batches))
+            of.computed(None, {})
+            raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(padding, "_run", failing)
+    compare(lambda folder: make_sft(folder, gradient_accumulation_steps=4), tmp_path, max_tokens_per_pass=ALL)
+    assert failures == [4, 4]
+    assert passes[:5] == [4, 1, 1, 1, 1]
+
+
+def test_rows_of_equal_length_share_passes_too(passes, tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 90, (16, 12)).tolist()]
+
+    def make(folder: Path) -> Trainer:
+        args = TrainingArguments(**arguments(folder, gradient_accumulation_steps=4))
+        return Trainer(tiny_model("qwen3"), args, train_dataset=rows)
+
+    compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert set(passes) == {4}
+
+
+def test_the_report_counts_passes(tmp_path):
+    with hf_turbo.session(max_tokens_per_pass=ALL):
+        make_sft(tmp_path, gradient_accumulation_steps=4, max_steps=2).train()
+    (note,) = [note for note in hf_turbo.report().notes if note.startswith("padding: ")]
+    assert note.endswith("in 2 passes instead of 8")
+
+
+def test_switched_off_in_the_middle_of_a_step(tmp_path):
+    """The micro-batches that are left are computed by stock; what those before have come to is not lost."""
+
+    class Off(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                hf_turbo.disable()
+
+    def make(folder: Path) -> Trainer:
+        trainer = make_sft(folder, gradient_accumulation_steps=3, max_steps=3)
+        trainer.add_callback(Off())
+        return trainer
+
+    compare(make, tmp_path, max_tokens_per_pass=ALL)
