@@ -30,6 +30,8 @@ class TurboConfig:
         padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
             so in rows that the script has packed.
         merging: with gradient accumulation, micro-batches share passes through the backbone, as many as memory allows.
+        graphs: when adapters are trained, passes are recorded as CUDA graphs, one launch for thousands, for the sizes
+            that come again; their memory is taken only where it is plainly free.
         max_tokens_per_pass: tokens that micro-batches sharing a pass may have together; None: chosen from measured
             memory.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
@@ -54,6 +56,7 @@ class TurboConfig:
     lora: Choice = "auto"
     padding: Choice = "auto"
     merging: Choice = "auto"
+    graphs: Choice = "auto"
     checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"

@@ -109,6 +109,12 @@ class _Activation:
         offload = self._offload(model, trainer, asked, by_loop)
         if offload is not None:
             roles["offload"] = (offload[0], conflict or offload[1])
+        # Last: what is recorded rests on all the others.
+        if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
+            roles["graphs"] = (
+                lambda: padding.find_graphs(model, device_type=device.type, checkpointed=asked),
+                conflict or ("no Trainer" if trainer is None else trainer_patches.merging_conflict(trainer)),
+            )
         name = _model_name(model)
         self._merging.discard(model)
         rows = []

@@ -31,9 +31,10 @@ def varlen_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     *,
     starts: torch.Tensor | None = None,
+    longest: int | None = None,
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
@@ -44,9 +45,11 @@ def varlen_attention(
     Args:
         query: [H, T, D], T tokens of all documents.
         key, value: [G, T, D], H a multiple of G: query heads share key and value heads in equal runs.
-        lengths: of the documents in tokens, in order; they add up to T.
+        lengths: of the documents in tokens, in order; they add up to T. None where the host does not know them, as
+            while a CUDA graph is recorded: then `starts` and `longest` say all.
         starts: [documents + 1] int32 on the device of `query`, where each document begins and the last ends; made
             from `lengths` if not given.
+        longest: with `lengths` None, no document has more tokens than this.
         scale: of the scores; default 1 / sqrt(D).
         causal: tokens see only themselves and what is before them.
         window: with `causal`, the number of tokens that one sees, itself included; None for all.
@@ -56,17 +59,24 @@ def varlen_attention(
         [T, H, D], contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: shapes that do not fit, or a window without `causal`.
+        ValueError: shapes that do not fit, a window without `causal`, or lengths that have to be known here.
     """
     heads, tokens, _ = query.shape
     if key.shape != value.shape[:2] + query.shape[2:] or key.shape[1] != tokens or heads % key.shape[0]:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit")
-    if sum(lengths) != tokens or any(length < 0 for length in lengths):
-        raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens needs causal attention and at least one token")
-    if _flash_can(query, value) and not (window is None and len(set(lengths)) == 1):
-        return _flash(query, key, value, lengths, starts, scale, causal, window, dropout)
+    by_flash = _flash_can(query, value)
+    if lengths is None:
+        if not by_flash or starts is None or longest is None:
+            raise ValueError("lengths=None needs starts, longest, and heads that FlashAttention takes")
+        return _flash(query, key, value, starts, longest, scale, causal, window, dropout)
+    if sum(lengths) != tokens or any(length < 0 for length in lengths):
+        raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
+    if by_flash and not (window is None and len(set(lengths)) == 1):
+        if starts is None:
+            starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
+        return _flash(query, key, value, starts, max(lengths), scale, causal, window, dropout)
     return _by_runs(query, key, value, lengths, scale, causal, window, dropout)
 
 
@@ -111,19 +121,16 @@ def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
-    starts: torch.Tensor | None,
+    starts: torch.Tensor,
+    longest: int,
     scale: float | None,
     causal: bool,
     window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    if starts is None:
-        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
     query, key, value = (each.transpose(0, 1) for each in (query, key, value))
     if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-    longest = max(lengths)
     windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     output: torch.Tensor = _FLASH(

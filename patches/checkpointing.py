@@ -103,6 +103,7 @@ def _may_leave(hidden_states: torch.Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and hidden_states.device.type in COPIES
+        and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
         and is_plain(hidden_states)
         and hidden_states.is_floating_point()
         and hidden_states.numel() * hidden_states.element_size() >= max(MIN_BYTES, 1)
@@ -282,6 +283,16 @@ def recomputation_conflict(trainer: Any) -> str | None:
     odd = not recomputation.understands(functools.partial(checkpoint, **kwargs)) if kwargs else False
     conflict = trainer_conflict(trainer)
     return conflict or (f"{', '.join(f'{k}={v!r}' for k, v in kwargs.items())} is torch's to do" if odd else None)
+
+
+def is_recomputed(model: nn.Module) -> bool:
+    """Whether all its layers are recomputed here, where they are."""
+    return all(layer in _RECOMPUTED for layer in layers_of(model).values())
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether inputs of its layers go to host memory, where they are recomputed."""
+    return any(layer in _STORES for layer in layers_of(model).values())
 
 
 def offload_conflict(trainer: Any) -> str | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -310,6 +310,11 @@ def _recipe(modules: tuple[Any, ...], x: torch.Tensor, activation: str | None = 
     key = _key(modules)
     recipe = None if key is None else _RECIPES.get(key)
     return recipe if recipe is not None and recipe.fits(modules, x, activation) else None
+
+
+def watches_of(modules: Iterable[nn.Module]) -> list[Watch]:
+    """What is kept of the layers among these modules."""
+    return [watch for each in modules if each in _RECIPES for watch in _RECIPES[each].watches]
 
 
 def _key(modules: tuple[Any, ...]) -> Any:

@@ -105,6 +105,7 @@ class Pass:
 
     Attributes:
         micro_batches: in the order in which the script calls the model with them.
+        filling: tokens of a last document that nobody asked for, and that is left out of what is handed out.
         on_padding_gradient: called with the gradient at padding, [tokens of padding, H], where a backward has one.
     """
 
@@ -114,6 +115,7 @@ class Pass:
         self._rest: dict[str, Any] = {}
         self._gradients: dict[int, torch.Tensor] = {}
         self._handed_out: set[int] = set()
+        self.fill_to(0)
 
     @property
     def is_computed(self) -> bool:
@@ -124,9 +126,14 @@ class Pass:
         return self.micro_batches[0].positions.device
 
     @property
-    def filling(self) -> int:
-        """Tokens of a last document that nobody asked for, and that is left out of what is handed out."""
-        return -sum(each.tokens for each in self.micro_batches) % GRAIN.get(self.device.type, 1)
+    def tokens(self) -> int:
+        """Filling not included."""
+        return sum(each.tokens for each in self.micro_batches)
+
+    def fill_to(self, tokens: int) -> None:
+        """Sets the number of tokens, filling included; rounded up to the grain, and none are left out."""
+        most = max(tokens, self.tokens)
+        self.filling = most - self.tokens + -most % GRAIN.get(self.device.type, 1)
 
     def lengths(self) -> list[int]:
         """Of all documents, the filling being the last."""

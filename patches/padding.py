@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import device_memory, padding_conflicts, varlen
-from .engine import ClassSwap, Exactness, Finding, is_live, is_swapped, same_name_subclass, stock_class
+from . import checkpointing, device_memory, graphs, padding_conflicts, varlen
+from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
 
@@ -60,6 +60,7 @@ class _State:
         worst: tokens of the largest micro-batch so far, padding included.
         kept_per_token: bytes that forward keeps for backward, the most of the passes measured.
         measured: number of these.
+        graphs: recordings of its passes, where they may be recorded.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -70,12 +71,16 @@ class _State:
         self._at_padding: torch.Tensor | None = None
         self.kept_per_token: float | None = None
         self.worst = self.measured = 0
+        self.graphs: graphs.Graphs | None = None
         self.end_training()
 
     def end_training(self) -> None:
         """Counts anew, from the next training on."""
         self.skip, self.step = False, None
         self.stock_tokens = self.tokens = self.micro_batches = self.passes = 0
+        if self.graphs is not None:
+            self.graphs.forget()
+            self.graphs.replays = 0
 
     def is_hooked(self) -> bool:
         """Whether hooks inside the backbone, maybe registered since, would see other shapes."""
@@ -164,7 +169,8 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
     micro_batches = claimed[0].micro_batches
-    return None if len(micro_batches) == 1 and micro_batches[0].is_dense else claimed
+    is_recorded = state.graphs is not None and not state.graphs.reason
+    return None if len(micro_batches) == 1 and micro_batches[0].is_dense and not is_recorded else claimed
 
 
 def _micro_batch(kwargs: dict[str, Any]) -> MicroBatch:
@@ -218,11 +224,14 @@ def _run(
     Raises:
         NotUnderstood: it turns out that it cannot be done.
     """
+    if state.graphs is not None and state.tried:
+        recorded = state.graphs.output(stock, of, kwargs, rest, state.worst, state.kept_per_token)
+        if recorded is not None:
+            of.computed(recorded, rest)
+            state.count(of)
+            return
     lengths, device = of.lengths(), of.device
-    documents = varlen.Documents(lengths, device)
-    # A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
-    # that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
-    mask = torch.ones(1, 1, 1, sum(lengths) + 1, dtype=torch.bool, device=device)
+    documents, mask = varlen.Documents.of(lengths, device), varlen.no_mask(sum(lengths), device)
     # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
     arguments = {**of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     before = device_memory.allocated(device) if state.measured < _MEASURED_PASSES else None
@@ -235,6 +244,8 @@ def _run(
         kept = (device_memory.allocated(device) or 0) - before
         state.kept_per_token = max(state.kept_per_token or 0.0, kept / max(sum(lengths), 1))
         state.measured += 1
+    if state.graphs is not None:
+        state.graphs.computed(output)
     of.computed(output, rest)
     state.count(of)
 
@@ -333,6 +344,46 @@ def find_merging(model: nn.Module) -> Finding:
     return finding
 
 
+class _Recorded(Patch):
+    """Lets the passes of a backbone be recorded."""
+
+    def __init__(self, name: str, backbone: Any, is_offloaded: bool):
+        self.id, self._backbone, self._is_offloaded = f"graphs:{name}", weakref.ref(backbone), is_offloaded
+
+    def apply(self) -> None:
+        backbone = self._backbone()
+        if backbone is not None and backbone in _STATES:
+            _STATES[backbone].graphs = graphs.Graphs(backbone, self._is_offloaded)
+
+    def revert(self) -> bool:
+        backbone = self._backbone()
+        if backbone is not None and backbone in _STATES:
+            _STATES[backbone].graphs = None
+        return True
+
+
+def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None) -> Finding:
+    """Backbones whose passes may be recorded; to be asked after all other roles.
+
+    Args:
+        checkpointed: whether the training checkpoints.
+    """
+    finding = Finding("graphs", "CUDA graphs", Exactness.REASSOCIATED)
+    for name, backbone in backbones(model).items():
+        finding.found += 1
+        reason = graphs.conflict(backbone, device_type)
+        if checkpointed and not checkpointing.is_recomputed(backbone):
+            reason = reason or "its layers are recomputed by torch"
+        if reason is None and backbone not in _OF_MODEL.get(model, ()):
+            reason = "its padding is computed"
+        if reason is not None:
+            finding.refuse(reason)
+            continue
+        finding.patched += 1
+        finding.patches.append(_Recorded(name, backbone, checkpointing.is_offloaded(backbone)))
+    return finding
+
+
 def _dropouts(backbone: Any) -> list[float]:
     drops = [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
     return [*drops, float(getattr(backbone.config, "attention_dropout", 0.0) or 0.0)]
@@ -375,6 +426,7 @@ def end_training(model: nn.Module | None) -> str | None:
     names = ("stock_tokens", "tokens", "micro_batches", "passes")
     stock_tokens, tokens, micro_batches, passes = (sum(getattr(state, name) for state in states) for name in names)
     reasons = {state.reason for state in states if state.reason}
+    recorded = "; ".join(filter(None, (_about_recordings(state) for state in states)))
     for state in states:
         state.end_training()
     if reasons:
@@ -383,4 +435,14 @@ def end_training(model: nn.Module | None) -> str | None:
         return None
     removed = 1 - tokens / stock_tokens
     note = f"padding: {tokens:,} tokens computed where stock computes {stock_tokens:,} ({removed:.0%} removed)"
-    return note if passes == micro_batches else f"{note}, in {passes:,} passes instead of {micro_batches:,}"
+    if passes < micro_batches:
+        note += f", in {passes:,} passes instead of {micro_batches:,}"
+    return f"{note}; {recorded}" if recorded else note
+
+
+def _about_recordings(state: _State) -> str:
+    if state.graphs is None:
+        return ""
+    if state.graphs.reason:
+        return f"passes are not recorded: {state.graphs.reason}"
+    return f"{state.graphs.replays:,} of {state.passes:,} passes by {len(state.graphs)} CUDA graphs"

@@ -11,8 +11,8 @@ where they differ. What is not understood (`is_plain`) goes to torch.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ def is_plain(stock: Any, args: tuple[Any, ...], device: torch.device) -> bool:
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()
-        and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        and not (device.type == "cuda" and _DRAWS and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -237,9 +237,23 @@ def _autocast_states(device: torch.device) -> list[tuple[str, torch.dtype, bool,
     ]
 
 
+_DRAWS = True  # whether a device may draw random numbers
+
+
+@contextmanager
+def without_random_numbers() -> Iterator[None]:
+    """While a CUDA graph is recorded of what draws no random numbers: the device's generator may not be asked then."""
+    global _DRAWS
+    _DRAWS = False
+    try:
+        yield
+    finally:
+        _DRAWS = True
+
+
 def _generators(device: torch.device) -> list[torch.Generator]:
     generators = [torch.default_generator]
-    if device.type == "cuda":
+    if device.type == "cuda" and _DRAWS:
         generators.append(torch.cuda.default_generators[device.index])
     return generators
 

@@ -25,16 +25,29 @@ class Documents:
     """The documents of a flattened pass, as the layers hand them to attention.
 
     Attributes:
-        lengths: in tokens.
+        lengths: in tokens; None where they stand in `starts` alone.
         starts: [documents + 1] int32 on the pass's device: where each begins, and where the last ends.
+        longest: no document has more tokens.
         calls: of the seam.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device):
-        self.lengths, self.calls = lengths, 0
+    def __init__(self, lengths: list[int] | None, starts: torch.Tensor | None, longest: int):
+        self.lengths, self.starts, self.longest, self.calls = lengths, starts, longest, 0
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> Documents:
         starts = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1:])
-        self.starts = starts.to(device, non_blocking=True)
+        return cls(lengths, starts.to(device, non_blocking=True), max(lengths))
+
+
+def no_mask(tokens: int, device: torch.device) -> torch.Tensor:
+    """What stands for the mask in a flattened pass.
+
+    A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
+    that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
+    """
+    return torch.ones(1, 1, 1, tokens + 1, dtype=torch.bool, device=device)
 
 
 class NotUnderstood(Exception):
@@ -78,6 +91,7 @@ def attention_patch(registry: Any) -> ProcessPatch:
             value[0],
             documents.lengths,
             starts=documents.starts,
+            longest=documents.longest,
             scale=scaling,
             window=kwargs.get("sliding_window"),
             dropout=dropout,

@@ -1,0 +1,435 @@
+"""CUDA graphs of whole passes: the host launches one graph where it would launch thousands of kernels.
+
+A pass of few tokens takes the host several times as long as the GPU. Passes are therefore filled up to one of a few
+sizes, and what the backbone does for a size is recorded the second time it comes: forward, and backward down to the
+gradients of the trained weights. From then on both are one launch each.
+
+A recording holds addresses and decisions, so it serves only as long as all that it rests on is the same. Checked before
+every replay are the parameters and their addresses, the classes and hooks of all modules, what the LoRA layers were
+found to be (lora_watch.py), and autocast. Activations live in memory that all recordings share, which is why a pass
+whose backward has not come yet keeps others from replaying: they are computed as ever.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from . import device_memory, lora, recomputation, varlen
+from .engine import is_plain
+from .micro_batches import Pass
+from .padding_conflicts import is_harmless
+
+# Gradients of a pass are copied out of the recording: no matter for adapters, but not for a whole model.
+MOST_TRAINED_BYTES = 2**30
+# Sizes per power of two; a pass is filled up by a tenth on average.
+SIZES_PER_OCTAVE = 4
+SMALLEST = 256
+GRAIN = 64
+DOCUMENTS = 16  # their number is rounded up to a multiple
+# What a recording needs beside what forward keeps: gradients, a layer's intermediate results, and room to spare.
+MEMORY_OVER_KEPT = 3.0
+# Where the layers' inputs go to host memory, recording keeps them on the device. That is no matter for few tokens, nor
+# for those of a pass that is far smaller than stock's would be.
+FEW_TOKENS = 2048
+SHARE_OF_STOCK = 2 / 3
+_MOST_CHANGES = 8
+
+Record = Callable[[Callable[[], None]], Callable[[], None]]
+_RECORDERS: dict[str, Callable[[torch.device], Record]] = {}
+
+
+class Size(NamedTuple):
+    """The sizes a recording is made for.
+
+    Attributes:
+        tokens: all of them, filling included.
+        documents: at most, filling included; 0 where all have one length.
+        longest: document, at most; where all have one length, that length.
+    """
+
+    tokens: int
+    documents: int
+    longest: int
+
+    def holds(self, other: Size) -> bool:
+        """Whether a recording of this size serves a pass of the other, without computing much for nothing."""
+        if not (self.documents and other.documents):
+            return self == other
+        return (
+            other.tokens <= self.tokens <= 1.3 * other.tokens
+            and other.documents <= self.documents <= 2 * other.documents
+            and other.longest <= self.longest
+        )
+
+
+def size_of(lengths: list[int]) -> Size:
+    """The smallest size that holds documents of these lengths, and one of filling."""
+    tokens, longest = sum(lengths), max(lengths)
+    if len(set(lengths)) == 1 and tokens % GRAIN == 0:
+        return Size(tokens, 0, longest)
+    step = max(SMALLEST, 1 << (tokens - 1).bit_length()) // (2 * SIZES_PER_OCTAVE)
+    filled = max(-(-tokens // step) * step, SMALLEST)
+    longest = max(longest, filled - tokens)
+    bound = next(share for share in (filled // 4, filled // 2, filled) if longest <= share)
+    return Size(filled, -(-(len(lengths) + 1) // DOCUMENTS) * DOCUMENTS, bound)
+
+
+def _record_cuda(device: torch.device) -> Record:
+    """Records on this device, all recordings in one pool of memory."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        # Not "global": a thread that pins memory for a data loader must not end the recording.
+        with (
+            torch.cuda.device(device),
+            recomputation.without_random_numbers(),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
+            work()
+        return graph.replay
+
+    return record
+
+
+_RECORDERS["cuda"] = _record_cuda
+
+
+class _Token:
+    """Lives as long as a pass may still go backward."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+
+class _Recording:
+    """Forward and backward for one size.
+
+    Attributes:
+        ids, positions: [1, tokens]. starts: [documents + 1] int32. hidden, gradient: [1, tokens, H]. All are read and
+            written by replays, and by nothing else in between.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., Any],
+        arguments: dict[str, Any],
+        size: Size,
+        parameters: Sequence[nn.Parameter],
+        template: Any,
+        record: Record,
+    ):
+        device = arguments["input_ids"].device
+        self._run, self._parameters, self._template = run, parameters, template
+        self.ids = torch.zeros_like(arguments["input_ids"])
+        self.positions = torch.zeros_like(arguments["position_ids"])
+        self.starts = None
+        lengths = None if size.documents else [size.longest] * (size.tokens // size.longest)
+        if size.documents:
+            self.starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
+        documents = varlen.Documents(lengths, self.starts, size.longest)
+        self._arguments = {**arguments, "input_ids": self.ids, "position_ids": self.positions, "documents": documents}
+        width = template.last_hidden_state.shape[-1]
+        self.hidden = template.last_hidden_state.new_zeros(1, size.tokens, width)
+        self.gradient = torch.zeros_like(self.hidden)
+        self._graph_of: torch.Tensor | None = None
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
+        self._slices: list[tuple[torch.dtype, int, nn.Parameter]] = []
+        ends: Counter[torch.dtype] = Counter()
+        for parameter in parameters:
+            self._slices.append((parameter.dtype, ends[parameter.dtype], parameter))
+            ends[parameter.dtype] += -(-parameter.numel() // 64) * 64  # aligned, for kernels that read 16 bytes
+        for dtype, end in ends.items():
+            self._flat[dtype] = torch.zeros(end, dtype=dtype, device=device)
+        self._is_used = [True] * len(parameters)
+        self.forward = record(self._forward)
+        self.backward = record(self._backward)
+        self._graph_of = None
+
+    def _forward(self) -> None:
+        with torch.enable_grad():
+            hidden = self._run(**self._arguments).last_hidden_state
+        self.hidden.copy_(hidden.detach())
+        self._graph_of = hidden
+
+    def _backward(self) -> None:
+        assert self._graph_of is not None
+        gradients = torch.autograd.grad(self._graph_of, self._parameters, self.gradient, allow_unused=True)
+        self._is_used = [gradient is not None for gradient in gradients]
+        pairs = [
+            (view, each) for view, each in zip(self._views(self._flat), gradients, strict=True) if each is not None
+        ]
+        torch._foreach_copy_([view for view, _ in pairs], [each for _, each in pairs])
+
+    def _views(self, flat: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
+        return [
+            flat[dtype][start : start + parameter.numel()].view(parameter.shape)
+            for dtype, start, parameter in self._slices
+        ]
+
+    def set_inputs(self, arguments: dict[str, Any], lengths: list[int]) -> None:
+        self.ids.copy_(arguments["input_ids"])
+        self.positions.copy_(arguments["position_ids"])
+        if self.starts is not None:
+            bounds = torch.full(self.starts.shape, self.ids.shape[1], dtype=torch.int32)
+            bounds[0] = 0
+            torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=bounds[1 : len(lengths) + 1])
+            self.starts.copy_(bounds, non_blocking=True)
+
+    def output(self, token: _Token) -> Any:
+        """As the backbone returns it."""
+        output = copy.copy(self._template)
+        output.last_hidden_state = _Replay.apply(self, token, *self._parameters)
+        return output
+
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Of the parameters, in memory of their own."""
+        views = self._views({dtype: flat.clone() for dtype, flat in self._flat.items()})
+        return [view if used else None for view, used in zip(views, self._is_used, strict=True)]
+
+
+class _Replay(torch.autograd.Function):
+    """A recorded pass: parameters in, hidden states out."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, token: _Token, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.recording, ctx.token = recording, token
+        recording.forward()
+        return recording.hidden.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.token.done:
+            raise RuntimeError(
+                "hf_turbo: a recorded pass goes backward once; use graphs=False for a script that calls backward again"
+            )
+        ctx.recording.gradient.copy_(dy)
+        ctx.recording.backward()
+        ctx.token.done = True
+        return None, None, *ctx.recording.gradients()
+
+
+class Graphs:
+    """The recordings of one backbone.
+
+    Args:
+        is_offloaded: whether the inputs of its layers go to host memory.
+
+    Attributes:
+        reason: why nothing is recorded any more, if so.
+        replays: passes that were one launch.
+    """
+
+    def __init__(self, backbone: Any, is_offloaded: bool = False):
+        self._backbone, self._is_offloaded = weakref.ref(backbone), is_offloaded
+        self.reason, self.replays, self._changes = "", 0, 0
+        self._record: Record | None = None
+        self._template: Any = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops all recordings and frees their memory."""
+        self._recordings: dict[tuple[Size, Any], _Recording] = {}
+        self._seen: Counter[tuple[Size, Any]] = Counter()
+        self._rests_on: _RestsOn | None = None
+        self._token: weakref.ref[_Token] | None = None
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def output(
+        self,
+        run: Callable[..., Any],
+        of: Pass,
+        kwargs: dict[str, Any],
+        rest: dict[str, Any],
+        worst: int,
+        kept: float | None,
+    ) -> Any:
+        """What the backbone returns for a pass, by a recording; None where it is to be computed.
+
+        Args:
+            run: the backbone's stock forward.
+            kwargs: of the call for one micro-batch. rest: those that neither the tokens nor the loss concern.
+            worst: tokens of the largest micro-batch so far, padding included.
+            kept: bytes per token that forward keeps for backward, as far as known.
+        """
+        backbone = self._backbone()
+        if (
+            self.reason
+            or backbone is None
+            or self._template is None
+            or kwargs.get("inputs_embeds") is not None
+            or (self._is_offloaded and of.tokens > max(FEW_TOKENS, SHARE_OF_STOCK * worst))
+            or not _is_recordable(rest)
+        ):
+            return None
+        lengths = [length for each in of.micro_batches for length in each.lengths]
+        key = size_of(lengths), (_state_of(of.device), tuple(sorted(rest.items())))
+        found = next((each for each in self._recordings if each[1] == key[1] and each[0].holds(key[0])), key)
+        of.fill_to(found[0].tokens)
+        if found not in self._recordings and self._seen[key] == 0:
+            self._seen[key] += 1  # computed, at the size to be recorded: kernels are loaded and memory is known
+            return None
+        if self._is_busy() or not self._is_valid(backbone):
+            return None
+        arguments = {
+            **rest,
+            **of.arguments(kwargs),
+            "attention_mask": varlen.no_mask(found[0].tokens, of.device),
+            "use_cache": False,
+        }
+        if found not in self._recordings:
+            recording = self._made(run, arguments, found[0], kept or 0.0)
+            if recording is None:
+                return None
+            self._recordings[found] = recording
+        recording = self._recordings[found]
+        recording.set_inputs(arguments, of.lengths())
+        token = _Token()
+        self._token = weakref.ref(token)
+        self.replays += 1
+        return recording.output(token)
+
+    def _is_valid(self, backbone: Any) -> bool:
+        """Whether all that recordings rest on is the same; if not, there are none any more."""
+        if self._rests_on is None:
+            self._rests_on = _RestsOn(backbone)
+        elif not self._rests_on.is_same():
+            self.forget()
+            self._changes += 1
+            if self._changes == _MOST_CHANGES:
+                self.reason = "the model changes again and again"
+            return False
+        return True
+
+    def _is_busy(self) -> bool:
+        token = None if self._token is None else self._token()
+        return token is not None and not token.done
+
+    def _made(self, run: Callable[..., Any], arguments: dict[str, Any], size: Size, kept: float) -> _Recording | None:
+        """A recording, if there is memory for it."""
+        device = arguments["input_ids"].device
+        free = device_memory.free(device)
+        if free is not None and free < MEMORY_OVER_KEPT * kept * size.tokens + 2**30:
+            return None
+        if self._record is None:
+            self._record = _RECORDERS[device.type](device)
+        backbone = self._backbone()
+        parameters = [each for each in backbone.parameters() if each.requires_grad]  # type: ignore[union-attr]
+        cached = torch.is_autocast_cache_enabled()
+        torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            return _Recording(
+                lambda **each: run(self._backbone(), **each), arguments, size, parameters, self._template, self._record
+            )
+        except Exception as error:  # whatever cannot be recorded is computed, and the report says why
+            self.forget()
+            lines = str(error).splitlines()
+            self.reason = f"recording failed: {type(error).__name__}: {lines[0] if lines else ''}"
+            return None
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+    def computed(self, output: Any) -> None:
+        """Takes what the backbone returned for a pass that was computed, to return the like."""
+        if self._template is None:
+            self._template = copy.copy(output)
+            self._template.last_hidden_state = output.last_hidden_state.detach()[:, :1].clone()
+
+
+class _RestsOn:
+    """All that a recording takes for granted."""
+
+    def __init__(self, backbone: Any):
+        self._modules = list(backbone.modules())[1:]  # not the backbone itself: it must not be kept alive
+        self._types = [type(each) for each in self._modules]
+        self._entries = [len(each.__dict__) for each in self._modules]
+        self._hooks = [
+            hooks
+            for each in self._modules
+            for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks)
+        ]
+        self._hook_count, self._watching = sum(map(len, self._hooks)), self._count_watching()
+        self._parameters = [
+            (each._parameters, name, parameter, parameter.data_ptr(), parameter.requires_grad)
+            for each in self._modules
+            for name, parameter in each._parameters.items()
+            if parameter is not None
+        ]
+        self._watches = lora.watches_of(self._modules)
+
+    def is_same(self) -> bool:
+        with torch._C.DisableTorchFunctionSubclass():
+            return (
+                [type(each) for each in self._modules] == self._types
+                and [len(each.__dict__) for each in self._modules] == self._entries
+                and self._has_same_hooks()
+                and all(
+                    parameters.get(name) is parameter
+                    and parameter.data_ptr() == address
+                    and parameter.requires_grad == trained
+                    for parameters, name, parameter, address, trained in self._parameters
+                )
+                and all(each.is_same() for each in self._watches)
+            )
+
+    def _has_same_hooks(self) -> bool:
+        count = sum(map(len, self._hooks))
+        if count != self._hook_count:
+            if self._count_watching() != self._watching:
+                return False
+            self._hook_count = count
+        return True
+
+    def _count_watching(self) -> int:
+        """Number of hooks that do something in a pass."""
+        return sum(not is_harmless(hook) for hooks in self._hooks for hook in hooks.values())
+
+
+def _is_recordable(rest: dict[str, Any]) -> bool:
+    """Whether nobody watches the operators, and no other argument may differ from call to call."""
+    return (
+        all(value is None or isinstance(value, (bool, int, float, str)) for value in rest.values())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and not torch.is_anomaly_enabled()
+    )
+
+
+def _state_of(device: torch.device) -> tuple[Any, ...]:
+    kind = device.type
+    return torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind), torch.is_autocast_enabled("cpu")
+
+
+def conflict(backbone: Any, device_type: str) -> str | None:
+    """Why a backbone's passes are not recorded, or None."""
+    if device_type not in _RECORDERS:
+        return f"no CUDA graphs on {device_type}"
+    parameters = list(backbone.parameters())
+    trained = [each for each in parameters if each.requires_grad]
+    if not trained:
+        return "nothing is trained"
+    if not all(is_plain(each) for each in trained):
+        return "its weights are sharded"
+    if sum(each.numel() * each.element_size() for each in trained) > MOST_TRAINED_BYTES:
+        return "gradients of so many trained weights would be copied"
+    kinds = {type(module).__name__ for module in backbone.modules()}
+    if any("Expert" in kind or "MoE" in kind or "Moe" in kind for kind in kinds):
+        return "experts: sizes depend on the data"
+    if "Linear8bitLt" in kinds:
+        return "8-bit weights: bitsandbytes waits for the device"
+    drops = [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
+    if any(p > 0 for p in drops) or bool(getattr(backbone.config, "attention_dropout", False)):
+        return "dropout draws random numbers"
+    return None
