@@ -4,7 +4,7 @@ A pass of few tokens takes the host several times as long as the GPU. Passes are
 sizes, and what the backbone does for a size is recorded the second time it comes: forward, and backward down to the
 gradients of the trained weights. From then on both are one launch each.
 
-A recording holds addresses and decisions, so it serves only as long as all that it rests on is the same. Checked before
+A recording holds addresses and decisions, so it serves only as long as all that it rests on is the same. Checked at
 every replay are the parameters and their addresses, the classes and hooks of all modules, what the LoRA layers were
 found to be (lora_watch.py), and autocast. Activations live in memory that all recordings share, which is why a pass
 whose backward has not come yet keeps others from replaying: they are computed as ever.
@@ -279,8 +279,12 @@ class Graphs:
         if found not in self._recordings and self._seen[key] == 0:
             self._seen[key] += 1  # computed, at the size to be recorded: kernels are loaded and memory is known
             return None
-        if self._is_busy() or not self._is_valid(backbone):
+        if self._is_busy():
             return None
+        if self._rests_on is None:
+            self._rests_on = _RestsOn(backbone)
+        elif not self._rests_on.is_in_place() or (found not in self._recordings and not self._rests_on.is_same()):
+            return self._changed()
         arguments = {
             **rest,
             **of.arguments(kwargs),
@@ -295,21 +299,20 @@ class Graphs:
         recording = self._recordings[found]
         recording.set_inputs(arguments, of.lengths())
         token = _Token()
+        output = recording.output(token)
+        # While the GPU works: a forward for nothing does no harm, as long as the weights are where they were.
+        if not self._rests_on.is_same():
+            return self._changed()
         self._token = weakref.ref(token)
         self.replays += 1
-        return recording.output(token)
+        return output
 
-    def _is_valid(self, backbone: Any) -> bool:
-        """Whether all that recordings rest on is the same; if not, there are none any more."""
-        if self._rests_on is None:
-            self._rests_on = _RestsOn(backbone)
-        elif not self._rests_on.is_same():
-            self.forget()
-            self._changes += 1
-            if self._changes == _MOST_CHANGES:
-                self.reason = "the model changes again and again"
-            return False
-        return True
+    def _changed(self) -> None:
+        """There are no recordings any more."""
+        self.forget()
+        self._changes += 1
+        if self._changes == _MOST_CHANGES:
+            self.reason = "the model changes again and again"
 
     def _is_busy(self) -> bool:
         token = None if self._token is None else self._token()
@@ -368,18 +371,24 @@ class _RestsOn:
         ]
         self._watches = lora.watches_of(self._modules)
 
+    def is_in_place(self) -> bool:
+        """Whether the weights are at the addresses that were recorded, and the same ones are trained."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return all(
+                parameters.get(name) is parameter
+                and parameter.data_ptr() == address
+                and parameter.requires_grad == trained
+                and not (trained and parameter._backward_hooks)
+                for parameters, name, parameter, address, trained in self._parameters
+            )
+
     def is_same(self) -> bool:
+        """Whether the rest is the same, too."""
         with torch._C.DisableTorchFunctionSubclass():
             return (
                 [type(each) for each in self._modules] == self._types
                 and [len(each.__dict__) for each in self._modules] == self._entries
                 and self._has_same_hooks()
-                and all(
-                    parameters.get(name) is parameter
-                    and parameter.data_ptr() == address
-                    and parameter.requires_grad == trained
-                    for parameters, name, parameter, address, trained in self._parameters
-                )
                 and all(each.is_same() for each in self._watches)
             )
 
@@ -424,6 +433,8 @@ def conflict(backbone: Any, device_type: str) -> str | None:
         return "its weights are sharded"
     if sum(each.numel() * each.element_size() for each in trained) > MOST_TRAINED_BYTES:
         return "gradients of so many trained weights would be copied"
+    if any(each._backward_hooks for each in trained):
+        return "hooks on the gradients of its parameters"
     kinds = {type(module).__name__ for module in backbone.modules()}
     if any("Expert" in kind or "MoE" in kind or "Moe" in kind for kind in kinds):
         return "experts: sizes depend on the data"

@@ -130,11 +130,17 @@ def move(model: Any) -> None:
         parameter.data = parameter.data.clone()
 
 
+def hook_gradients(model: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: gradient.clamp(-1e-4, 1e-4))
+
+
 def hook(model: Any) -> None:
     model.get_base_model().model.layers[0].mlp.register_forward_hook(lambda module, args, output: output * 1.5)
 
 
-@pytest.mark.parametrize("meddle", [rescale, freeze, replace, move, hook])
+@pytest.mark.parametrize("meddle", [rescale, freeze, replace, move, hook_gradients, hook])
 def test_what_a_recording_rests_on_may_change(meddle, served, tmp_path):
     def make(folder: Path) -> Trainer:
         trainer = make_sft(folder)
