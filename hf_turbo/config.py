@@ -28,7 +28,7 @@ class TurboConfig:
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory.
         padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
-            so in rows that the script has packed.
+            so in rows that the script has packed. "auto": where the loss is known to leave padding out.
         merging: with gradient accumulation, micro-batches share passes through the backbone, as many as memory allows.
         graphs: when adapters are trained, passes are recorded as CUDA graphs, one launch for thousands, for the sizes
             that come again; their memory is taken only where it is plainly free.

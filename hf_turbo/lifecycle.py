@@ -95,7 +95,12 @@ class _Activation:
             roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
         if self.config.padding is True or (self.config.padding and padding.backbones(model)):
             device = _training_device(model, trainer, by_loop)
-            roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict)
+            against = None
+            if self.config.padding == "auto" and trainer is None:
+                against = "a loop of your own may use what is computed of padding; padding=True leaves it out"
+            elif self.config.padding == "auto":
+                against = trainer_patches.padding_conflict(trainer, model)
+            roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict or against)
             accumulates = trainer is not None and trainer.args.gradient_accumulation_steps > 1
             if accumulates or self.config.merging is True:
                 against = "no Trainer" if trainer is None else trainer_patches.merging_conflict(trainer)

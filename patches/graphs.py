@@ -33,6 +33,7 @@ SIZES_PER_OCTAVE = 4
 SMALLEST = 256
 GRAIN = 64
 DOCUMENTS = 16  # their number is rounded up to a multiple
+MOST_RECORDINGS = 32
 # What a recording needs beside what forward keeps: gradients, a layer's intermediate results, and room to spare.
 MEMORY_OVER_KEPT = 3.0
 # Where the layers' inputs go to host memory, recording keeps them on the device. That is no matter for few tokens, nor
@@ -109,46 +110,67 @@ class _Token:
         self.done = False
 
 
-class _Recording:
-    """Forward and backward for one size.
+class _Buffers:
+    """What recordings are handed and what they hand out, in memory that all of them share: one is at work at a time.
 
     Attributes:
-        ids, positions: [1, tokens]. starts: [documents + 1] int32. hidden, gradient: [1, tokens, H]. All are read and
-            written by replays, and by nothing else in between.
+        parameters: the trained ones.
+        template: what the backbone returns, of no particular size.
     """
 
-    def __init__(
-        self,
-        run: Callable[..., Any],
-        arguments: dict[str, Any],
-        size: Size,
-        parameters: Sequence[nn.Parameter],
-        template: Any,
-        record: Record,
-    ):
-        device = arguments["input_ids"].device
-        self._run, self._parameters, self._template = run, parameters, template
-        self.ids = torch.zeros_like(arguments["input_ids"])
-        self.positions = torch.zeros_like(arguments["position_ids"])
-        self.starts = None
-        lengths = None if size.documents else [size.longest] * (size.tokens // size.longest)
-        if size.documents:
-            self.starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
-        documents = varlen.Documents(lengths, self.starts, size.longest)
-        self._arguments = {**arguments, "input_ids": self.ids, "position_ids": self.positions, "documents": documents}
-        width = template.last_hidden_state.shape[-1]
-        self.hidden = template.last_hidden_state.new_zeros(1, size.tokens, width)
-        self.gradient = torch.zeros_like(self.hidden)
-        self._graph_of: torch.Tensor | None = None
-        self._flat: dict[torch.dtype, torch.Tensor] = {}
+    def __init__(self, parameters: Sequence[nn.Parameter], template: Any):
+        self.parameters, self.template = parameters, template
+        self._hidden = self._gradient = template.last_hidden_state[0, :0]
         self._slices: list[tuple[torch.dtype, int, nn.Parameter]] = []
         ends: Counter[torch.dtype] = Counter()
         for parameter in parameters:
             self._slices.append((parameter.dtype, ends[parameter.dtype], parameter))
             ends[parameter.dtype] += -(-parameter.numel() // 64) * 64  # aligned, for kernels that read 16 bytes
-        for dtype, end in ends.items():
-            self._flat[dtype] = torch.zeros(end, dtype=dtype, device=device)
-        self._is_used = [True] * len(parameters)
+        self._flat = {dtype: torch.zeros(end, dtype=dtype, device=self._hidden.device) for dtype, end in ends.items()}
+
+    def hidden_and_gradient(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, tokens, H] each. Larger ones than before are new; recordings keep those that they were made with."""
+        if len(self._hidden) < tokens:
+            self._hidden = self._hidden.new_zeros(tokens, self._hidden.shape[-1])
+            self._gradient = torch.zeros_like(self._hidden)
+        return self._hidden[None, :tokens], self._gradient[None, :tokens]
+
+    def views(self, copied: bool = False) -> list[torch.Tensor]:
+        """Where the gradients of the parameters go, or a copy of what is there."""
+        flat = {dtype: each.clone() for dtype, each in self._flat.items()} if copied else self._flat
+        return [
+            flat[dtype][start : start + parameter.numel()].view(parameter.shape)
+            for dtype, start, parameter in self._slices
+        ]
+
+
+class _Recording:
+    """Forward and backward for one size.
+
+    Attributes:
+        hidden, gradient: [1, tokens, H], written and read by `forward` and `backward`.
+    """
+
+    def __init__(
+        self, run: Callable[..., Any], arguments: dict[str, Any], size: Size, buffers: _Buffers, record: Record
+    ):
+        self._run, self._buffers = run, buffers
+        self._ids = torch.zeros_like(arguments["input_ids"])
+        self._positions = torch.zeros_like(arguments["position_ids"])
+        self._starts = None
+        lengths = None if size.documents else [size.longest] * (size.tokens // size.longest)
+        if size.documents:
+            self._starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=self._ids.device)
+        documents = varlen.Documents(lengths, self._starts, size.longest)
+        self._arguments = {
+            **arguments,
+            "input_ids": self._ids,
+            "position_ids": self._positions,
+            "documents": documents,
+        }
+        self.hidden, self.gradient = buffers.hidden_and_gradient(size.tokens)
+        self._graph_of: torch.Tensor | None = None
+        self._is_used = [True] * len(buffers.parameters)
         self.forward = record(self._forward)
         self.backward = record(self._backward)
         self._graph_of = None
@@ -161,37 +183,30 @@ class _Recording:
 
     def _backward(self) -> None:
         assert self._graph_of is not None
-        gradients = torch.autograd.grad(self._graph_of, self._parameters, self.gradient, allow_unused=True)
+        gradients = torch.autograd.grad(self._graph_of, self._buffers.parameters, self.gradient, allow_unused=True)
         self._is_used = [gradient is not None for gradient in gradients]
-        pairs = [
-            (view, each) for view, each in zip(self._views(self._flat), gradients, strict=True) if each is not None
-        ]
-        torch._foreach_copy_([view for view, _ in pairs], [each for _, each in pairs])
-
-    def _views(self, flat: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
-        return [
-            flat[dtype][start : start + parameter.numel()].view(parameter.shape)
-            for dtype, start, parameter in self._slices
-        ]
+        views = [view for view, used in zip(self._buffers.views(), self._is_used, strict=True) if used]
+        torch._foreach_copy_(views, [each for each in gradients if each is not None])
 
     def set_inputs(self, arguments: dict[str, Any], lengths: list[int]) -> None:
-        self.ids.copy_(arguments["input_ids"])
-        self.positions.copy_(arguments["position_ids"])
-        if self.starts is not None:
-            bounds = torch.full(self.starts.shape, self.ids.shape[1], dtype=torch.int32)
-            bounds[0] = 0
-            torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=bounds[1 : len(lengths) + 1])
-            self.starts.copy_(bounds, non_blocking=True)
+        """For the next `forward`: input ids and positions, and the lengths of the documents."""
+        self._ids.copy_(arguments["input_ids"])
+        self._positions.copy_(arguments["position_ids"])
+        if self._starts is not None:
+            starts = torch.full(self._starts.shape, self._ids.shape[1], dtype=torch.int32)
+            starts[0] = 0
+            torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1 : len(lengths) + 1])
+            self._starts.copy_(starts, non_blocking=True)
 
     def output(self, token: _Token) -> Any:
         """As the backbone returns it."""
-        output = copy.copy(self._template)
-        output.last_hidden_state = _Replay.apply(self, token, *self._parameters)
+        output = copy.copy(self._buffers.template)
+        output.last_hidden_state = _Replay.apply(self, token, *self._buffers.parameters)
         return output
 
     def gradients(self) -> list[torch.Tensor | None]:
         """Of the parameters, in memory of their own."""
-        views = self._views({dtype: flat.clone() for dtype, flat in self._flat.items()})
+        views = self._buffers.views(copied=True)
         return [view if used else None for view, used in zip(views, self._is_used, strict=True)]
 
 
@@ -240,6 +255,7 @@ class Graphs:
         self._recordings: dict[tuple[Size, Any], _Recording] = {}
         self._seen: Counter[tuple[Size, Any]] = Counter()
         self._rests_on: _RestsOn | None = None
+        self._buffers: _Buffers | None = None
         self._token: weakref.ref[_Token] | None = None
 
     def __len__(self) -> int:
@@ -276,7 +292,7 @@ class Graphs:
         key = size_of(lengths), (_state_of(of.device), tuple(sorted(rest.items())))
         found = next((each for each in self._recordings if each[1] == key[1] and each[0].holds(key[0])), key)
         of.fill_to(found[0].tokens)
-        if found not in self._recordings and self._seen[key] == 0:
+        if found not in self._recordings and (self._seen[key] == 0 or len(self) == MOST_RECORDINGS):
             self._seen[key] += 1  # computed, at the size to be recorded: kernels are loaded and memory is known
             return None
         if self._is_busy():
@@ -327,13 +343,15 @@ class Graphs:
         if self._record is None:
             self._record = _RECORDERS[device.type](device)
         backbone = self._backbone()
-        parameters = [each for each in backbone.parameters() if each.requires_grad]  # type: ignore[union-attr]
+        if self._buffers is None:
+            trained = [each for each in backbone.parameters() if each.requires_grad]  # type: ignore[union-attr]
+            self._buffers = _Buffers(trained, self._template)
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)
         try:
             return _Recording(
-                lambda **each: run(self._backbone(), **each), arguments, size, parameters, self._template, self._record
+                lambda **each: run(self._backbone(), **each), arguments, size, self._buffers, self._record
             )
         except Exception as error:  # whatever cannot be recorded is computed, and the report says why
             self.forget()

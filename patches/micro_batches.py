@@ -115,6 +115,7 @@ class Pass:
         self._rest: dict[str, Any] = {}
         self._gradients: dict[int, torch.Tensor] = {}
         self._handed_out: set[int] = set()
+        self._is_over = False  # the last one was handed out
         self.fill_to(0)
 
     @property
@@ -158,7 +159,7 @@ class Pass:
 
     def serves(self, place: int, rest: dict[str, Any]) -> bool:
         """Whether a micro-batch may still be handed out, to a call with these other arguments."""
-        if place in self._handed_out:
+        if place in self._handed_out or self._is_over:
             return False
         if not self.is_computed:
             return True
@@ -183,7 +184,7 @@ class Pass:
         output = copy.copy(self._output)
         output.last_hidden_state = states
         if is_last:
-            self._output = None
+            self._output, self._is_over = None, True
         return output
 
     def take_gradient(self, place: int, gradient: torch.Tensor) -> None:
@@ -191,11 +192,16 @@ class Pass:
         earlier = self._gradients.get(place)
         self._gradients[place] = gradient if earlier is None else earlier + gradient
 
+    @property
+    def has_waiting_gradients(self) -> bool:
+        """Of micro-batches whose last one has not come."""
+        return bool(self._gradients)
+
     def finish(self) -> None:
         """Goes backward for the micro-batches that have, if the last one will not be computed here."""
         if self._output is not None and self._gradients:
             torch.autograd.backward(self._output.last_hidden_state, self.whole_gradient())
-        self._output = None
+        self._output, self._is_over = None, True
 
     def whole_gradient(self) -> torch.Tensor:
         """[1, tokens, H]; zeros where no backward came to a micro-batch, and for the filling."""
@@ -252,6 +258,10 @@ class Step:
                 if each.serves(place, rest) and micro_batch.is_called_with(kwargs):
                     return each, place
         return None
+
+    @property
+    def has_waiting_gradients(self) -> bool:
+        return any(each.has_waiting_gradients for each in self.passes)
 
     def finish(self) -> None:
         """Ends the step before its last micro-batch: no gradient that waits is lost."""

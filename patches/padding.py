@@ -163,7 +163,8 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
     claimed = None if state.step is None else state.step.claim(kwargs, rest)
     if claimed is not None and claimed[0].is_computed:
         return claimed
-    state.look()
+    if claimed is None:
+        state.look()
     if not is_live() or state.reason or state.skip or state.is_hooked() or not _may_flatten(backbone, kwargs):
         return None
     if claimed is None:
@@ -406,6 +407,14 @@ def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None) -> 
     for backbone in backbones_of:
         state = _STATES[backbone]
         state.look()
+        if state.step is not None and state.step.has_waiting_gradients:
+            state.reason = "a micro-batch of a shared pass was left out"
+            warnings.warn(
+                "hf_turbo: gradients of the last step are missing, because the last micro-batch of a shared pass was "
+                "left out; from here on nothing is shared. Use merging=False for this training",
+                RuntimeWarning,
+                stacklevel=2,
+            )
         state.skip, state.step = skip, None
         foreseen = [each for each in micro_batches if each is not None]
         if skip or state.reason or len(foreseen) != len(batches):

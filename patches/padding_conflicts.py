@@ -37,6 +37,10 @@ def conflict(backbone: Any, device_type: str) -> str | None:
         return f"attn_implementation is {implementation!r}"
     if "forward" in backbone.__dict__:
         return "an instance forward"
+    if any("forward" in module.__dict__ for module in backbone.layers.modules()):
+        return "an instance forward in a layer"
+    if len({parameter.device for parameter in backbone.parameters()}) > 1:
+        return "its layers are on several devices"
     registry = varlen.registry()
     if registry is None or not varlen.attention_patch(registry).can_apply():
         return "the registry entry 'sdpa' was replaced"

@@ -71,6 +71,27 @@ def loss_conflict(trainer: Any) -> str | None:
     return None
 
 
+# Whose losses leave padding out, labels being -100 there; and what is read of the last token, which is none.
+_HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification")
+
+
+def padding_conflict(trainer: Any, model: Any) -> str | None:
+    """Why a loss of this trainer might use what is computed of padding, or None."""
+    compute_loss = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    if compute_loss.__module__.partition(".")[0] not in {"transformers", "trl"}:
+        return f"{compute_loss.__qualname__} may use what is computed of padding"
+    if getattr(trainer, "compute_loss_func", None) is not None:
+        return "compute_loss_func may use what is computed of padding"
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cls = type(inner)
+    if not cls.__module__.startswith("transformers.") or not cls.__name__.endswith(_HEADS):
+        return f"{cls.__name__} may use what is computed of padding"
+    loss_function = getattr(inner, "loss_function", None)
+    if loss_function is not None and not loss_function.__module__.startswith("transformers."):
+        return "a loss function of your own may use what is computed of padding"
+    return None
+
+
 def merging_conflict(trainer: Any) -> str | None:
     """Why each micro-batch of this trainer is a pass of its own, or None.
 

@@ -75,12 +75,15 @@ def assert_all_patched(path, roles=ROLES):
 
 
 def assert_loop_patched(path):
-    """A plain loop keeps the stock loss unless asked by name: it may read the logits after the step."""
+    """A plain loop keeps the stock loss and padding unless asked by name: it may read the logits after the step."""
     rows = patched(path)
     assert set(rows) == ROLES
     loss = rows.pop("loss")
     assert loss["patched"] == 0
     assert "after the step" in loss["reason"]
+    padding = rows.pop("padding")
+    assert padding["patched"] == 0
+    assert "padding=True leaves it out" in padding["reason"]
     for role, row in rows.items():
         assert 0 < row["found"] == row["patched"], (role, row)
 

@@ -12,12 +12,31 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_turbo.patches import padding, varlen
-from transformers import DataCollatorForSeq2Seq, LlamaForSequenceClassification, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from transformers import (
+    DataCollatorForSeq2Seq,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 import hf_turbo
 from tests.models import tiny_model
-from tests.training import Run, arguments, compare, tokenizer, words
+from tests.training import Run, arguments, compare, distinct_words, tokenizer, words
 
 # Dialogues of three to twenty words, as uneven as real ones.
 ROWS = [{"prompt": words(i, 3 + 5 * i % 11), "completion": " " + words(i + 3, 2 + 7 * i % 9)} for i in range(16)]
@@ -81,7 +100,24 @@ def make_plain(folder: Path, left: bool = False, **more: Any) -> Trainer:
     return Trainer(tiny_model("llama"), args, train_dataset=examples, data_collator=collator)
 
 
-@pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain])
+def rollouts(folder: Path, cls: type, config: type, **more: Any) -> Trainer:
+    args = config(**arguments(folder, max_completion_length=5, num_generations=4, beta=0.1, use_vllm=False, **more))
+    model = tiny_model("llama")
+    model.save_pretrained(folder / "base")
+    model.config._name_or_path = str(folder / "base")  # from where the reference model is loaded
+    data = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    return cls(model, distinct_words, args, train_dataset=data, processing_class=tokenizer())
+
+
+def make_grpo(folder: Path, **more: Any) -> Trainer:
+    return rollouts(folder, GRPOTrainer, GRPOConfig, **more)
+
+
+def make_rloo(folder: Path, **more: Any) -> Trainer:
+    return rollouts(folder, RLOOTrainer, RLOOConfig, **more)
+
+
+@pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain, make_grpo, make_rloo])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainers(make, checkpointing, passes, tmp_path):
     turbo = compare(lambda folder: make(folder, gradient_checkpointing=checkpointing), tmp_path, padding=True)
@@ -135,6 +171,41 @@ def test_labels_on_padding_stay_stock(passes, tmp_path):
     assert passes == []
 
 
+class OverAllTokens(Trainer):
+    """A loss that padding is part of."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        return model(**inputs).logits.float().square().mean()
+
+
+class Pooled(LlamaForCausalLM):
+    """A head that padding is part of."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        return {"loss": hidden.mean(1).square().mean()}
+
+
+def over_all_tokens(folder: Path, how: str) -> Trainer:
+    trainer, loss = make_plain(folder), lambda outputs, *_, **__: outputs["logits"].float().square().mean()
+    if how == "compute_loss":
+        trainer.__class__ = OverAllTokens
+    elif how == "compute_loss_func":
+        trainer.compute_loss_func = loss
+    elif how == "loss_function":
+        trainer.model.loss_function = lambda logits, *_, **__: logits.float().square().mean()
+    else:
+        trainer.model.__class__ = Pooled
+    return trainer
+
+
+@pytest.mark.parametrize("how", ["compute_loss", "compute_loss_func", "loss_function", "model"])
+def test_losses_that_padding_may_be_part_of(how, passes, tmp_path):
+    turbo = compare(lambda folder: over_all_tokens(folder, how), tmp_path)
+    assert any("may use what is computed of padding" in reason for reason in turbo.reasons)
+    assert passes == []
+
+
 def test_the_report_says_what_was_left_out(passes, tmp_path):
     with hf_turbo.session(padding=True):
         make_sft(tmp_path).train()
@@ -146,11 +217,18 @@ def test_the_report_says_what_was_left_out(passes, tmp_path):
     assert f"{1 - tokens / stock:.0%}" in note
 
 
-def test_a_hundred_steps(tmp_path):
+@pytest.mark.parametrize("tokens", [None, 1 << 20])
+def test_a_hundred_steps(tokens, tmp_path):
     """Losses of long runs part by rounding alone: as far as those of stock from weights one roundoff away."""
     more = {"max_steps": 100, "learning_rate": 0.02, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
     stock = Run(lambda folder: make_sft(folder, **more), tmp_path / "stock")
-    turbo = Run(lambda folder: make_sft(folder, **more), tmp_path / "turbo", turbo=True, padding=True)
+    turbo = Run(
+        lambda folder: make_sft(folder, **more),
+        tmp_path / "turbo",
+        turbo=True,
+        padding=True,
+        max_tokens_per_pass=tokens,
+    )
     others = [Run(lambda folder: make_sft(folder, **more), tmp_path / f"{seed}", perturbed=seed) for seed in (1, 2, 3)]
     losses = stock.logged("loss")
     assert len(losses) == 100

@@ -64,7 +64,7 @@ def step(model: Any, batch: dict[str, torch.Tensor], announced: bool) -> dict[st
 
 def record(model: Any) -> Any:
     """All of hf_turbo, and recordings, which a trainer would have asked for."""
-    hf_turbo.patch_model(model, report=False)
+    hf_turbo.patch_model(model, padding=True, report=False)
     backbone = model.get_base_model().model
     assert graphs.conflict(backbone, "cuda") is None
     state_of(model).graphs = graphs.Graphs(backbone)
