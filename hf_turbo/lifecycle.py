@@ -55,12 +55,22 @@ class _Activation:
         self.report.live = True
 
     def stop(self) -> None:
-        """The switch first: it holds even for references that were captured and cannot be restored."""
+        """The switch first: it holds even for references that were captured and cannot be restored.
+
+        But before it what has begun is finished: the backward pass of micro-batches that share one.
+        """
         from hf_turbo.patches import engine
 
-        engine.switch(False)
+        if not self.report.live:
+            return
         self.report.live = False
-        _revert(self._patches, self.report)
+        padding = sys.modules.get("hf_turbo.patches.padding")
+        try:
+            if padding is not None:
+                padding.finish_steps()
+        finally:
+            engine.switch(False)
+            _revert(self._patches, self.report)
 
     def meet(self, model: nn.Module, trainer: Any = None, by_loop: bool = False) -> None:
         """Patches a model (again, if it has grown modules since) and records its rows.
@@ -103,8 +113,10 @@ class _Activation:
             roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict or against)
             accumulates = trainer is not None and trainer.args.gradient_accumulation_steps > 1
             if accumulates or self.config.merging is True:
-                against = "no Trainer" if trainer is None else trainer_patches.merging_conflict(trainer)
-                roles["merging"] = (lambda: padding.find_merging(model), conflict or against)
+                roles["merging"] = (
+                    lambda: padding.find_merging(model),
+                    conflict or self._sharing_conflict("merging", model, trainer),
+                )
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         is_reference = model is getattr(trainer, "ref_model", None)
@@ -118,7 +130,7 @@ class _Activation:
         if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
             roles["graphs"] = (
                 lambda: padding.find_graphs(model, device_type=device.type, checkpointed=asked),
-                conflict or ("no Trainer" if trainer is None else trainer_patches.merging_conflict(trainer)),
+                conflict or self._sharing_conflict("graphs", model, trainer),
             )
         name = _model_name(model)
         self._merging.discard(model)
@@ -135,6 +147,17 @@ class _Activation:
                 self._merging.add(model)
         self.report.models[id(model)] = rows
         self._met.add(model)
+
+    def _sharing_conflict(self, role: str, model: nn.Module, trainer: Any) -> str | None:
+        """Why micro-batches do not share work in this training, or None."""
+        from hf_turbo.patches import trainer as trainer_patches
+
+        if trainer is None:
+            return "no Trainer"
+        against = trainer_patches.merging_conflict(trainer)
+        if getattr(self.config, role) == "auto":
+            against = against or trainer_patches.padding_conflict(trainer, model)
+        return against
 
     def _offload(
         self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
@@ -294,10 +317,10 @@ def disable() -> None:
     report; it is stock all the same, since every replacement looks at a switch that is off now.
     """
     with _STATE.lock:
-        for activation in reversed(_STATE.activations):
+        activations = _STATE.activations
+        _STATE.enabled, _STATE.scoped = None, []
+        for activation in reversed(activations):
             activation.stop()
-        _STATE.enabled = None
-        _STATE.scoped.clear()
         _revert(_STATE.entries, _STATE.report)
         if _STATE.imports is not None:
             _STATE.imports.clear()

@@ -5,17 +5,19 @@ sizes, and what the backbone does for a size is recorded the second time it come
 gradients of the trained weights. From then on both are one launch each.
 
 A recording holds addresses and decisions, so it serves only as long as all that it rests on is the same. Checked at
-every replay are the parameters and their addresses, the classes and hooks of all modules, what the LoRA layers were
-found to be (lora_watch.py), and autocast. Activations live in memory that all recordings share, which is why a pass
-whose backward has not come yet keeps others from replaying: they are computed as ever.
+every replay are the parameters and their addresses, the classes of all modules, what the LoRA layers were found to be
+(lora_watch.py), and autocast; padding.py watches the hooks. Activations live in memory that all recordings share, which
+is why a pass whose backward has not come yet keeps others from replaying: they are computed as ever.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,7 @@ from torch import nn
 from . import device_memory, lora, recomputation, varlen
 from .engine import is_plain
 from .micro_batches import Pass
-from .padding_conflicts import is_harmless
+from .padding_conflicts import dropouts
 
 # Gradients of a pass are copied out of the recording: no matter for adapters, but not for a whole model.
 MOST_TRAINED_BYTES = 2**30
@@ -87,14 +89,17 @@ def _record_cuda(device: torch.device) -> Record:
     pool = torch.cuda.graph_pool_handle()
 
     def record(work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Not "global": a thread that pins memory for a data loader must not end the recording.
-        with (
-            torch.cuda.device(device),
-            recomputation.without_random_numbers(),
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+        try:
+            # Not "global": a thread that pins memory for a data loader must not end the recording.
+            with (
+                torch.cuda.device(device),
+                recomputation.without_random_numbers(),
+                torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+            ):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # which torch does not put back where recording fails
         return graph.replay
 
     return record
@@ -248,6 +253,7 @@ class Graphs:
         self.reason, self.replays, self._changes = "", 0, 0
         self._record: Record | None = None
         self._template: Any = None
+        self._is_rehearsed = False
         self.forget()
 
     def forget(self) -> None:
@@ -361,8 +367,35 @@ class Graphs:
         finally:
             torch.set_autocast_cache_enabled(cached)
 
-    def computed(self, output: Any) -> None:
-        """Takes what the backbone returned for a pass that was computed, to return the like."""
+    @contextmanager
+    def rehearsal(self, device: torch.device) -> Iterator[None]:
+        """Around a computed forward: whether it waits for the device. Torch does not get over a recording that fails.
+
+        The first forward of all may wait, where things are looked at once; so it is the second that is watched.
+        """
+        if self.reason or self._template is None or self._is_rehearsed or device.type != "cuda":
+            yield
+            return
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+        self._is_rehearsed = True
+        for each in caught:
+            if "synchronizing CUDA operation" in str(each.message):
+                self.reason = "it waits for the device"
+            else:
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+    def computed(self, output: Any, drew: bool) -> None:
+        """Takes what the backbone returned for a pass that was computed, to return the like, and whether it drew."""
+        if drew:
+            self.forget()
+            self.reason = "it draws random numbers"
         if self._template is None:
             self._template = copy.copy(output)
             self._template.last_hidden_state = output.last_hidden_state.detach()[:, :1].clone()
@@ -375,12 +408,6 @@ class _RestsOn:
         self._modules = list(backbone.modules())[1:]  # not the backbone itself: it must not be kept alive
         self._types = [type(each) for each in self._modules]
         self._entries = [len(each.__dict__) for each in self._modules]
-        self._hooks = [
-            hooks
-            for each in self._modules
-            for hooks in (each._forward_hooks, each._forward_pre_hooks, each._backward_hooks, each._backward_pre_hooks)
-        ]
-        self._hook_count, self._watching = sum(map(len, self._hooks)), self._count_watching()
         self._parameters = [
             (each._parameters, name, parameter, parameter.data_ptr(), parameter.requires_grad)
             for each in self._modules
@@ -406,21 +433,8 @@ class _RestsOn:
             return (
                 [type(each) for each in self._modules] == self._types
                 and [len(each.__dict__) for each in self._modules] == self._entries
-                and self._has_same_hooks()
                 and all(each.is_same() for each in self._watches)
             )
-
-    def _has_same_hooks(self) -> bool:
-        count = sum(map(len, self._hooks))
-        if count != self._hook_count:
-            if self._count_watching() != self._watching:
-                return False
-            self._hook_count = count
-        return True
-
-    def _count_watching(self) -> int:
-        """Number of hooks that do something in a pass."""
-        return sum(not is_harmless(hook) for hooks in self._hooks for hook in hooks.values())
 
 
 def _is_recordable(rest: dict[str, Any]) -> bool:
@@ -458,7 +472,6 @@ def conflict(backbone: Any, device_type: str) -> str | None:
         return "experts: sizes depend on the data"
     if "Linear8bitLt" in kinds:
         return "8-bit weights: bitsandbytes waits for the device"
-    drops = [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
-    if any(p > 0 for p in drops) or bool(getattr(backbone.config, "attention_dropout", False)):
+    if any(p > 0 for p in dropouts(backbone)):
         return "dropout draws random numbers"
     return None

@@ -142,14 +142,11 @@ class Pass:
         return [length for each in self.micro_batches for length in each.lengths] + filling
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Those of a call for one micro-batch, for all of them: input ids or embeddings, and positions."""
-        flat = dict(kwargs)
+        """Of a call for all of them, given those for one: input ids or embeddings, and positions."""
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         parts = [each.flat(each.inputs.get(name, kwargs[name])) for each in self.micro_batches]
         positions = [each.positions for each in self.micro_batches]
-        flat[name] = self._joined(parts)
-        flat["position_ids"] = self._joined(positions)
-        return flat
+        return {name: self._joined(parts), "position_ids": self._joined(positions)}
 
     def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """[1, tokens, ...], zeros for the filling."""
@@ -157,10 +154,12 @@ class Pass:
             parts = [*parts, parts[0].new_zeros(self.filling, *parts[0].shape[1:])]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
 
-    def serves(self, place: int, rest: dict[str, Any]) -> bool:
-        """Whether a micro-batch may still be handed out, to a call with these other arguments."""
-        if place in self._handed_out or self._is_over:
-            return False
+    def awaits(self, place: int) -> bool:
+        """Whether a micro-batch may still be handed out."""
+        return place not in self._handed_out and not self._is_over
+
+    def serves(self, rest: dict[str, Any]) -> bool:
+        """Whether the pass is one of a call with these other arguments."""
         if not self.is_computed:
             return True
         return rest.keys() == self._rest.keys() and all(_same(rest[name], self._rest[name]) for name in rest)
@@ -255,8 +254,11 @@ class Step:
         """The pass and the place in it that a call of the backbone belongs to; None if it was not foreseen."""
         for each in self.passes:
             for place, micro_batch in enumerate(each.micro_batches):
-                if each.serves(place, rest) and micro_batch.is_called_with(kwargs):
-                    return each, place
+                if each.awaits(place) and micro_batch.is_called_with(kwargs):
+                    if each.serves(rest):
+                        return each, place
+                    if place == len(each.micro_batches) - 1:  # computed alone: the others wait for it no longer
+                        each.finish()
         return None
 
     @property

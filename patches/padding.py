@@ -25,6 +25,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ Plan = Callable[[list[int], int, float | None], list[int]]
 # Arguments of a backbone's forward: to be flattened, for the loss alone, and those that must be off.
 _FLATTENED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
 _OF_LOSS = {"labels", "shift_labels", "num_items_in_batch"}
-_OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"}
+_OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _OFF = ("output_attentions", "output_hidden_states", "output_router_logits")
 _MEASURED_PASSES = 4
 
@@ -64,7 +65,7 @@ class _State:
     """
 
     def __init__(self, backbone: nn.Module) -> None:
-        self._hooks = padding_conflicts.HookWatch(backbone)
+        self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
         self.tried = self.skip = False
         self.step: Step | None = None
@@ -85,6 +86,11 @@ class _State:
     def is_hooked(self) -> bool:
         """Whether hooks inside the backbone, maybe registered since, would see other shapes."""
         return self._hooks.conflict() is not None
+
+    def has_gradient_hooks(self) -> bool:
+        """Whether something watches the gradients of parameters, maybe registered since."""
+        with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters
+            return any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self._parameters)
 
     def gradient_at_padding(self, gradient: torch.Tensor) -> None:
         """Notes whether there is one. On a GPU without waiting for it: `look` says so in the next step."""
@@ -122,14 +128,12 @@ def _states(model: nn.Module | None) -> list[_State]:
     return [] if model is None else [_STATES[each] for each in _OF_MODEL.get(model, ()) if each in _STATES]
 
 
-class _BackboneSwap(ClassSwap):
-    def revert(self) -> bool:
-        backbone = self._module()
-        state = None if backbone is None else _STATES.get(backbone)
-        if state is not None and state.step is not None:
-            step, state.step = state.step, None
+def finish_steps() -> None:
+    """Ends the present step: the backward pass of micro-batches whose last one will not be computed here."""
+    for state in list(_STATES.values()):
+        step, state.step = state.step, None
+        if step is not None:
             step.finish()
-        return super().revert()
 
 
 # ------------------------------------------------------------------------------------------------------------- backbone
@@ -146,7 +150,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if state is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) > len(names):
             return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
-        rest = {name: value for name, value in kwargs.items() if name not in _FLATTENED | _OF_LOSS}
+        rest = {name: value for name, value in kwargs.items() if name not in _FLATTENED | _OF_LOSS | _OF_PACKING}
         claimed = _claim(self, kwargs, rest, state)
         if claimed is not None and not claimed[0].is_computed:
             claimed = _computed(self, stock, kwargs, rest, claimed, state)
@@ -234,9 +238,11 @@ def _run(
     lengths, device = of.lengths(), of.device
     documents, mask = varlen.Documents.of(lengths, device), varlen.no_mask(sum(lengths), device)
     # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
-    arguments = {**of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
+    arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     before = device_memory.allocated(device) if state.measured < _MEASURED_PASSES else None
-    output = stock(backbone, **arguments)
+    random = random_states(device) if state.graphs is not None else []
+    with nullcontext() if state.graphs is None else state.graphs.rehearsal(device):
+        output = stock(backbone, **arguments)
     layers = len(backbone.layers)
     if not state.tried and documents.calls != layers:
         raise varlen.NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
@@ -246,7 +252,8 @@ def _run(
         state.kept_per_token = max(state.kept_per_token or 0.0, kept / max(sum(lengths), 1))
         state.measured += 1
     if state.graphs is not None:
-        state.graphs.computed(output)
+        drew = any(not torch.equal(a, b) for a, b in zip(random, random_states(device), strict=True))
+        state.graphs.computed(output, drew)
     of.computed(output, rest)
     state.count(of)
 
@@ -317,12 +324,12 @@ def find(model: nn.Module, *, device_type: str) -> Finding:
             finding.refuse(reason)
             continue
         finding.patched += 1
-        if any(p > 0 for p in _dropouts(backbone)):
+        if any(p > 0 for p in padding_conflicts.dropouts(backbone)):
             finding.exactness = Exactness.REDRAWN
         if not is_swapped(backbone):
             _STATES[backbone] = _State(backbone)
             subclass = same_name_subclass(stock_class(backbone), _make_forward)
-            swaps.append(_BackboneSwap(f"padding:{name}", backbone, subclass))
+            swaps.append(ClassSwap(f"padding:{name}", backbone, subclass))
         _OF_MODEL.setdefault(model, weakref.WeakSet()).add(backbone)
     if swaps:
         finding.patches = [varlen.attention_patch(varlen.registry()), *swaps]
@@ -336,11 +343,11 @@ def find_merging(model: nn.Module) -> Finding:
         finding.found += 1
         if backbone not in _OF_MODEL.get(model, ()):
             finding.refuse("its padding is computed")
-        elif any(each._backward_hooks or each._post_accumulate_grad_hooks for each in backbone.parameters()):
+        elif _STATES[backbone].has_gradient_hooks():
             finding.refuse("hooks on the gradients of its parameters")
         else:
             finding.patched += 1
-            if any(p > 0 for p in _dropouts(backbone)):
+            if any(p > 0 for p in padding_conflicts.dropouts(backbone)):
                 finding.exactness = Exactness.REDRAWN
     return finding
 
@@ -372,6 +379,9 @@ def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None
     finding = Finding("graphs", "CUDA graphs", Exactness.REASSOCIATED)
     for name, backbone in backbones(model).items():
         finding.found += 1
+        state = _STATES.get(backbone)
+        if state is not None:
+            state.graphs = None  # of an earlier training
         reason = graphs.conflict(backbone, device_type)
         if checkpointed and not checkpointing.is_recomputed(backbone):
             reason = reason or "its layers are recomputed by torch"
@@ -383,11 +393,6 @@ def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None
         finding.patched += 1
         finding.patches.append(_Recorded(name, backbone, checkpointing.is_offloaded(backbone)))
     return finding
-
-
-def _dropouts(backbone: Any) -> list[float]:
-    drops = [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
-    return [*drops, float(getattr(backbone.config, "attention_dropout", 0.0) or 0.0)]
 
 
 # ----------------------------------------------------------------------------------------------------------------- host
@@ -421,7 +426,7 @@ def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None) -> 
             continue
         state.worst = max([state.worst, *(each.rows * each.columns for each in foreseen)])
         counts = [1] * len(foreseen)
-        if plan is not None:
+        if plan is not None and not state.has_gradient_hooks():
             counts = plan([each.tokens for each in foreseen], state.worst, state.kept_per_token)
         rest = iter(foreseen)
         state.step = Step([Pass([next(rest) for _ in range(n)], state.gradient_at_padding) for n in counts])

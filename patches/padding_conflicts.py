@@ -41,6 +41,9 @@ def conflict(backbone: Any, device_type: str) -> str | None:
         return "an instance forward in a layer"
     if len({parameter.device for parameter in backbone.parameters()}) > 1:
         return "its layers are on several devices"
+    kinds = _rope_types(backbone.config)
+    if any("dynamic" in kind or kind == "longrope" for kind in kinds):
+        return "its rotary embedding depends on the longest row"
     registry = varlen.registry()
     if registry is None or not varlen.attention_patch(registry).can_apply():
         return "the registry entry 'sdpa' was replaced"
@@ -53,28 +56,43 @@ def is_harmless(hook: Any) -> bool:
     return is_recorder or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 class HookWatch:
     """The hooks inside a backbone, those of the backbone itself left out: they see what they have always seen.
 
     Hooks come and go during training, and a walk over all modules takes milliseconds: their dictionaries are collected
-    once, and looked into again where their number has changed.
+    once, and looked into again where others are in them.
     """
 
     def __init__(self, backbone: nn.Module):
         inside = [module for module in backbone.modules() if module is not backbone]
-        self._of_modules: list[dict[int, Any]] = [
-            hooks for module in inside for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
-        self._count, self._conflict = -1, ""
+        self._of_modules: list[dict[int, Any]] = [getattr(module, hooks) for module in inside for hooks in _HOOKS]
+        self._seen: list[Any] = []
+        self._conflict = ""
 
     def conflict(self) -> str | None:
         """Why these hooks speak against passes without padding, or None."""
-        count = sum(map(len, self._of_modules))
-        if count != self._count:
-            hooks = (hook for each in self._of_modules for hook in each.values())
-            self._count = count
+        if nn.modules.module._has_any_global_hook():
+            return "hooks on all modules would see other shapes"
+        hooks = [hook for each in self._of_modules if each for hook in each.values()]
+        if hooks != self._seen:
+            self._seen = hooks
             self._conflict = "" if all(map(is_harmless, hooks)) else "hooks on its layers would see other shapes"
         return self._conflict or None
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Kinds of rotary embedding that a config names, maybe one for each type of layer."""
+    found: set[str] = set()
+    waiting = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict):
+            found |= {str(each[name]) for name in ("rope_type", "type") if isinstance(each.get(name), str)}
+            waiting += each.values()
+    return found
 
 
 @functools.cache
@@ -136,3 +154,14 @@ def _windows_conflict(backbone: Any) -> str | None:
 def _layer_type(config: Any, layer: Any) -> str | None:
     types, index = getattr(config, "layer_types", None), getattr(layer.self_attn, "layer_idx", None)
     return types[index] if types and index is not None and index < len(types) else None
+
+
+def dropouts(backbone: Any) -> list[float]:
+    """Probabilities of all that is dropped or jittered, by modules of torch or by functions, as far as names tell."""
+    found = [module.p for module in backbone.modules() if isinstance(module, nn.Dropout)]
+    for owner in (backbone.config, *backbone.layers.modules()):
+        for name, value in vars(owner).items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if is_number and ("drop" in name or "jitter" in name):
+                found.append(float(value))
+    return found

@@ -71,6 +71,7 @@ def loss_conflict(trainer: Any) -> str | None:
     return None
 
 
+_LIBRARIES = {"transformers", "trl", "peft", "accelerate", "hf_turbo"}
 # Whose losses leave padding out, labels being -100 there; and what is read of the last token, which is none.
 _HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification")
 
@@ -114,6 +115,10 @@ def merging_conflict(trainer: Any) -> str | None:
     optim = str(getattr(args.optim, "value", args.optim))
     if "lomo" in optim or "layerwise" in optim:
         return f"{optim} steps at every backward"
+    for callback in trainer.callback_handler.callbacks:
+        method = type(callback).on_substep_end
+        if method.__module__.partition(".")[0] not in _LIBRARIES:
+            return f"{method.__qualname__} may look at gradients or change weights"
     handler = getattr(trainer.accelerator, "ddp_handler", None)
     if getattr(handler, "static_graph", False):
         return "static_graph is on: every backward has to be the same"

@@ -186,6 +186,41 @@ def test_what_cannot_be_recorded_is_computed(monkeypatch, served, tmp_path):
     assert "recording failed: RuntimeError: operation not permitted" in note
 
 
+def test_random_numbers_that_no_name_tells_of(served, monkeypatch, tmp_path):
+    """Dropout by a function, of a probability that is called something else."""
+    trainer = make_sft(tmp_path)
+    layer = trainer.model.get_base_model().model.layers[0].mlp
+    stock = type(layer).forward
+
+    class Noisy(type(layer)):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.dropout(stock(self, x), 0.1)
+
+    layer.__class__ = Noisy
+    with hf_turbo.session(graphs=True):
+        trainer.train()
+    assert not any(served)
+    (note,) = [note for note in hf_turbo.report().notes if note.startswith("padding: ")]
+    assert note.endswith("passes are not recorded: it draws random numbers")
+
+
+def test_dropout_since_an_earlier_training(tmp_path):
+    with hf_turbo.session():
+        trainer = make_sft(tmp_path)
+        for expected in (True, False):
+            finding = padding.find(trainer.model, device_type="cpu")
+            for patch in finding.patches:
+                patch.apply()
+            finding = padding.find_graphs(trainer.model, device_type="cpu", checkpointed=False)
+            for patch in finding.patches:
+                patch.apply()
+            state = padding._STATES[trainer.model.get_base_model().model]
+            assert (finding.patched == 1) is expected
+            assert (state.graphs is not None) is expected
+            trainer.model.config.attention_dropout = 0.5
+            trainer.model.get_base_model().model.config.attention_dropout = 0.5
+
+
 def test_dropout_is_not_recorded(tmp_path):
     def make(folder: Path) -> Trainer:
         args = SFTConfig(**arguments(folder))

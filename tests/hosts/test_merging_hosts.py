@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_turbo.patches import padding
-from peft import LoraConfig
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from hf_turbo.patches import micro_batches, padding
+from hf_turbo.patches.engine import is_live
+from peft import LoraConfig, get_peft_model
+from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import hf_turbo
@@ -91,6 +92,8 @@ def test_by_itself_no_pass_holds_more_than_a_padded_micro_batch(monkeypatch, tmp
 
 
 class Substeps(TrainerCallback):
+    """One that a library brought along: a script's own `on_substep_end` may look at gradients, and is left to stock."""
+
     def __init__(self) -> None:
         self.events: list[str] = []
 
@@ -104,13 +107,34 @@ class Substeps(TrainerCallback):
         self.events.append("end")
 
 
-def test_callbacks_fire_as_ever(tmp_path):
+Substeps.on_substep_end.__module__ = "transformers.somewhere"
+
+
+def test_callbacks_fire_as_ever(passes, tmp_path):
     callback = Substeps()
     with hf_turbo.session(max_tokens_per_pass=ALL):
         trainer = make_sft(tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2, max_steps=2)
         trainer.add_callback(callback)
         trainer.train()
     assert callback.events == ["begin", "substep", "substep", "end"] * 2
+    assert set(passes) == {3}
+
+
+class Clamping(TrainerCallback):
+    def on_substep_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.clamp_(-0.05, 0.05)
+
+
+def test_weights_that_change_between_micro_batches(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        trainer = make_sft(folder, gradient_accumulation_steps=3)
+        trainer.add_callback(Clamping())
+        return trainer
+
+    turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert any("Clamping.on_substep_end may look at gradients" in reason for reason in turbo.reasons)
+    assert set(passes) == {1}
 
 
 def test_resumed_from_a_checkpoint_of_stock_in_the_middle_of_an_epoch(passes, tmp_path):
@@ -168,14 +192,92 @@ def test_other_tensors_than_foreseen(passes, tmp_path):
     assert set(passes) == {1}
 
 
-def test_hooks_on_gradients(passes, tmp_path):
+def clamp_gradients(model: Any) -> None:
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+def normalise_gradients(model: Any) -> None:
+    """By a hook that sees the gradient of each micro-batch."""
+    layer = model.model.layers[1].mlp
+    layer.register_full_backward_hook(lambda module, into, out: tuple(0.01 * each / each.norm() for each in into))
+
+
+class AtTrainBegin(TrainerCallback):
+    def __init__(self, meddle: Any):
+        self.meddle = meddle
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.meddle(model)
+
+
+@pytest.mark.parametrize("meddle", [clamp_gradients, normalise_gradients])
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_on_gradients(meddle, late, passes, tmp_path):
     def make(folder: Path) -> Trainer:
         trainer = make_sft(folder, gradient_accumulation_steps=4)
-        trainer.model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        if late:
+            trainer.add_callback(AtTrainBegin(meddle))
+        else:
+            meddle(trainer.model)
         return trainer
 
-    turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
-    assert "hooks on the gradients of its parameters" in turbo.reasons
+    compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert set(passes) <= {1}
+
+
+@pytest.mark.parametrize("more", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
+def test_rows_packed_by_a_collator(more, passes, tmp_path):
+    """What the collator adds about documents differs between micro-batches, and is no reason to leave one out."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": row, "labels": row}
+        for row in (torch.randint(3, 90, (5 + 3 * i % 11,), generator=generator).tolist() for i in range(32))
+    ]
+
+    def make(folder: Path) -> Trainer:
+        args = TrainingArguments(**arguments(folder, gradient_accumulation_steps=2))
+        collator = DataCollatorWithFlattening(**more)
+        return Trainer(tiny_model("llama"), args, train_dataset=rows, data_collator=collator)
+
+    compare(make, tmp_path, max_tokens_per_pass=ALL)
+    assert set(passes) == {2}
+
+
+def test_a_last_micro_batch_with_other_arguments(monkeypatch, tmp_path):
+    """It is computed alone, and those that waited for it go backward at once."""
+    claim = micro_batches.Pass.serves
+    refused = []
+
+    def serves(self: Any, rest: Any) -> bool:
+        if self.is_computed and len(self._handed_out) == len(self.micro_batches) - 1:
+            refused.append(self)
+            return False
+        return claim(self, rest)
+
+    monkeypatch.setattr(micro_batches.Pass, "serves", serves)
+    compare(lambda folder: make_sft(folder, gradient_accumulation_steps=3), tmp_path, max_tokens_per_pass=ALL)
+    assert refused
+
+
+class AdaptersInTurn(SFTTrainer):
+    """A loss of the script's own that changes the model between micro-batches."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        self.turn = 1 - getattr(self, "turn", 0)
+        model.set_adapter(("default", "other")[self.turn])
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_a_loss_of_the_scripts_own_keeps_its_passes(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        args = SFTConfig(**arguments(folder, gradient_accumulation_steps=2))
+        lora = LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear")
+        model = get_peft_model(tiny_model("llama"), lora)
+        model.add_adapter("other", lora)
+        data = Dataset.from_list(ROWS)
+        return AdaptersInTurn(model, args, train_dataset=data, processing_class=tokenizer())
+
+    compare(make, tmp_path, padding=True, max_tokens_per_pass=ALL)
     assert set(passes) == {1}
 
 
@@ -214,7 +316,8 @@ def test_the_report_counts_passes(tmp_path):
     assert note.endswith("in 2 passes instead of 8")
 
 
-def test_switched_off_in_the_middle_of_a_step(tmp_path):
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_switched_off_in_the_middle_of_a_step(reentrant, tmp_path):
     """The micro-batches that are left are computed by stock; what those before have come to is not lost."""
 
     class Off(TrainerCallback):
@@ -222,9 +325,17 @@ def test_switched_off_in_the_middle_of_a_step(tmp_path):
             if state.global_step == 1:
                 hf_turbo.disable()
 
+    Off.on_substep_end.__module__ = "transformers.somewhere"
+    more = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+
     def make(folder: Path) -> Trainer:
-        trainer = make_sft(folder, gradient_accumulation_steps=3, max_steps=3)
+        trainer = make_sft(
+            folder, gradient_accumulation_steps=3, max_steps=3, gradient_checkpointing=reentrant is not None, **more
+        )
         trainer.add_callback(Off())
         return trainer
 
     compare(make, tmp_path, max_tokens_per_pass=ALL)
+    with hf_turbo.session():
+        assert is_live()
+    assert not is_live()

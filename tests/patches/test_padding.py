@@ -287,6 +287,17 @@ def test_refused_with_a_reason(family, changes, reason):
         patch(model)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_row(kind):
+    model = tiny_model("llama")
+    model.config.rope_parameters = {
+        "full_attention": {"rope_type": kind},
+        "sliding_attention": {"rope_type": "default"},
+    }
+    with pytest.raises(RuntimeError, match="its rotary embedding depends on the longest row"):
+        patch(model)
+
+
 def test_a_backbone_that_reads_the_mask_itself():
     from transformers import OPTConfig, OPTForCausalLM
 
