@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from hf_turbo.patches import device_memory
+
 _EXPERT_BANKS = {"gate_up_proj", "gate_proj", "up_proj", "down_proj"}
 
 # Dense bf16 TFLOP/s by words of the device's name, from the vendors' datasheets. First match counts.
@@ -92,9 +94,9 @@ def _text_config(model: nn.Module) -> Any:
 
 def _peak_memory_gib(device: torch.device) -> float:
     """Peak allocated device memory, or the process's peak resident set on CPU."""
-    if device.type == "cuda":
-        # torch.cuda.max_memory_allocated flattens and sorts all statistics first: a millisecond of every logged step.
-        return torch.cuda.memory_stats_as_nested_dict(device)["allocated_bytes"]["all"]["peak"] / 2**30
+    peak = device_memory.peak_allocated(device)
+    if peak is not None:
+        return peak / 2**30
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -80,6 +80,11 @@ def varlen_attention(
     return _by_runs(query, key, value, lengths, scale, causal, window, dropout)
 
 
+def needs_lengths(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `lengths` may not be None for these, [H, T, D] and [G, T, D]."""
+    return not _flash_can(query, value)
+
+
 def _flash_can(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether torch's FlashAttention takes these, with their gradients."""
     width = query.shape[-1]

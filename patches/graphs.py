@@ -391,11 +391,11 @@ class Graphs:
             else:
                 warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
-    def computed(self, output: Any, drew: bool) -> None:
-        """Takes what the backbone returned for a pass that was computed, to return the like, and whether it drew."""
-        if drew:
+    def computed(self, output: Any, against: str) -> None:
+        """Takes what the backbone returned for a pass that was computed, to return the like; and what it showed."""
+        if against:
             self.forget()
-            self.reason = "it draws random numbers"
+            self.reason = against
         if self._template is None:
             self._template = copy.copy(output)
             self._template.last_hidden_state = output.last_hidden_state.detach()[:, :1].clone()

@@ -253,7 +253,10 @@ def _run(
         state.measured += 1
     if state.graphs is not None:
         drew = any(not torch.equal(a, b) for a, b in zip(random, random_states(device), strict=True))
-        state.graphs.computed(output, drew)
+        against = "it draws random numbers" if drew else ""
+        if documents.needs_lengths:
+            against = "its attention does not take lengths from the device"
+        state.graphs.computed(output, against)
     of.computed(output, rest)
     state.count(of)
 

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import torch
-from hf_turbo.kernels.varlen_attention import varlen_attention
+from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
 from .engine import ProcessPatch
@@ -29,10 +29,12 @@ class Documents:
         starts: [documents + 1] int32 on the pass's device: where each begins, and where the last ends.
         longest: no document has more tokens.
         calls: of the seam.
+        needs_lengths: whether attention goes by `lengths`, and not by `starts`; known after the first call.
     """
 
     def __init__(self, lengths: list[int] | None, starts: torch.Tensor | None, longest: int):
         self.lengths, self.starts, self.longest, self.calls = lengths, starts, longest, 0
+        self.needs_lengths = False
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> Documents:
@@ -84,6 +86,8 @@ def attention_patch(registry: Any) -> ProcessPatch:
         for name in _NOT_COMPUTED:
             if kwargs.get(name) is not None:
                 raise NotUnderstood(f"attention takes {name}")
+        if documents.calls == 0:
+            documents.needs_lengths = needs_lengths(query[0], value[0])
         documents.calls += 1
         output = varlen_attention(
             query[0],

@@ -204,6 +204,15 @@ def test_random_numbers_that_no_name_tells_of(served, monkeypatch, tmp_path):
     assert note.endswith("passes are not recorded: it draws random numbers")
 
 
+def test_attention_that_needs_the_lengths(served, monkeypatch, tmp_path):
+    monkeypatch.setattr(varlen_attention, "_flash_can", lambda query, value: False)
+    with hf_turbo.session(graphs=True):
+        make_sft(tmp_path).train()
+    assert not any(served)
+    (note,) = [note for note in hf_turbo.report().notes if note.startswith("padding: ")]
+    assert note.endswith("passes are not recorded: its attention does not take lengths from the device")
+
+
 def test_dropout_since_an_earlier_training(tmp_path):
     with hf_turbo.session():
         trainer = make_sft(tmp_path)
