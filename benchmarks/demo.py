@@ -124,7 +124,7 @@ def prepare_dialogues(path: Path, count: int = 512) -> None:
 def script_arguments(device: str) -> dict[str, str]:
     """Arguments of the scripts in examples/, sized to the machine: minutes on two CPU cores, seconds on a GPU."""
     if device == "cpu":
-        sizes = {"--max-steps": "15", "--batch-size": "2", "--max-length": "192", "--dtype": "float32"}
+        sizes = {"--max-steps": "12", "--batch-size": "4", "--max-length": "256", "--dtype": "float32"}
         return {**sizes, "--cpu": "", "--no-gradient-checkpointing": "", "--no-progress": ""}
     return {
         "--max-steps": "40",
@@ -233,20 +233,20 @@ def tolerance(dtype: str, tokens: float, adapters: str) -> float:
     return 6 * 5 * 2.0**-8 / math.sqrt(tokens)
 
 
-def patched_rows(output_dir: Path) -> list[dict[str, Any]]:
-    """What hf_turbo reports to have replaced.
+def patched(output_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What hf_turbo reports to have replaced, and its notes: what became of padding.
 
     Raises:
         DemoError: it replaced nothing, so there is nothing to compare.
     """
     path = output_dir / "hf_turbo_report.json"
-    rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    if not any(row["patched"] for row in rows):
+    report = json.loads(path.read_text()) if path.exists() else {"rows": [], "notes": []}
+    if not any(row["patched"] for row in report["rows"]):
         raise DemoError(f"hf_turbo patched nothing: see {output_dir.with_suffix('.log')}")
-    return rows
+    return report["rows"], report["notes"]
 
 
-def show(console: Console, runs: dict[str, Run], rows: list[dict[str, Any]], device: str) -> None:
+def show(console: Console, runs: dict[str, Run], rows: list[dict[str, Any]], notes: list[str], device: str) -> None:
     """The tables: what was patched, what the runs reached, their losses step by step."""
     if rows:
         table = Table(title="what hf_turbo replaced", title_justify="left")
@@ -256,6 +256,8 @@ def show(console: Console, runs: dict[str, Run], rows: list[dict[str, Any]], dev
             count = f"{row['patched']} / {row['found']}"
             table.add_row(row["role"], count, row["kernel"], row["exactness"], row["reason"])
         console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
 
     stock, others = runs["stock"], [name for name in runs if name != "stock"]
     table = Table(title=f"the same training run on {device}", title_justify="left")
@@ -440,8 +442,8 @@ def compare(console: Console, folder: Path, args: argparse.Namespace, others: di
 
             runs[name] = train(launcher, chosen, folder / name, on_step)
 
-    rows = [] if others else patched_rows(folder / "hf_turbo")
-    show(console, runs, rows, device)
+    rows, notes = ([], []) if others else patched(folder / "hf_turbo")
+    show(console, runs, rows, notes, device)
     adapters = adapters_dtype(folder / "stock")
     allowed = tolerance(arguments["--dtype"], statistics.mean(runs["stock"].tokens), adapters)
     apart = differences(runs["stock"], runs["hf_turbo"])
@@ -458,6 +460,7 @@ def compare(console: Console, folder: Path, args: argparse.Namespace, others: di
             for name, run in runs.items()
         },
         "replaced": rows,
+        "notes": notes,
         "largest_difference": max(apart),
         "tolerance": allowed,
         "agree": agree,

@@ -155,13 +155,14 @@ def test_tolerance_is_a_rounding_error() -> None:
 
 def test_nothing_patched_is_no_demo(tmp_path: Path) -> None:
     with pytest.raises(demo.DemoError, match="patched nothing"):
-        demo.patched_rows(tmp_path)
+        demo.patched(tmp_path)
     row = {"role": "norms", "found": 2, "patched": 0}
-    (tmp_path / "hf_turbo_report.json").write_text(json.dumps({"rows": [row]}))
+    (tmp_path / "hf_turbo_report.json").write_text(json.dumps({"rows": [row], "notes": []}))
     with pytest.raises(demo.DemoError, match="patched nothing"):
-        demo.patched_rows(tmp_path)
-    (tmp_path / "hf_turbo_report.json").write_text(json.dumps({"rows": [{**row, "patched": 1}]}))
-    assert demo.patched_rows(tmp_path)
+        demo.patched(tmp_path)
+    report = {"rows": [{**row, "patched": 1}], "notes": ["padding: 1"]}
+    (tmp_path / "hf_turbo_report.json").write_text(json.dumps(report))
+    assert demo.patched(tmp_path) == (report["rows"], report["notes"])
 
 
 @pytest.mark.parametrize("other", [[1.0, float("nan")], [1.0]])
