@@ -146,8 +146,10 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     names = [each.name for each in parameters[1:]]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) > len(names):
+            return stock(self, *args, **kwargs)
         state = _STATES.get(self)
-        if state is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) > len(names):
+        if state is None:
             return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         rest = {name: value for name, value in kwargs.items() if name not in _FLATTENED | _OF_LOSS | _OF_PACKING}
