@@ -81,7 +81,7 @@ def padding_conflict(trainer: Any, model: Any) -> str | None:
     compute_loss = vars(trainer).get("compute_loss", type(trainer).compute_loss)
     if compute_loss.__module__.partition(".")[0] not in {"transformers", "trl"}:
         return f"{compute_loss.__qualname__} may use what is computed of padding"
-    if getattr(trainer, "compute_loss_func", None) is not None:
+    if callable(getattr(trainer, "compute_loss_func", None)):  # TRL 1.15 puts a string there, to other ends
         return "compute_loss_func may use what is computed of padding"
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     cls = type(inner)
