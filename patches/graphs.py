@@ -25,7 +25,7 @@ from torch import nn
 
 from . import device_memory, lora, recomputation, varlen
 from .engine import is_plain
-from .micro_batches import Pass
+from .micro_batches import GRAIN, Pass
 from .padding_conflicts import dropouts
 
 # Gradients of a pass are copied out of the recording: no matter for adapters, but not for a whole model.
@@ -33,7 +33,6 @@ MOST_TRAINED_BYTES = 2**30
 # Sizes per power of two; a pass is filled up by a tenth on average.
 SIZES_PER_OCTAVE = 4
 SMALLEST = 256
-GRAIN = 64
 DOCUMENTS = 16  # their number is rounded up to a multiple
 MOST_RECORDINGS = 32
 # What a recording needs beside what forward keeps: gradients, a layer's intermediate results, and room to spare.
@@ -75,7 +74,7 @@ class Size(NamedTuple):
 def size_of(lengths: list[int]) -> Size:
     """The smallest size that holds documents of these lengths, and one of filling."""
     tokens, longest = sum(lengths), max(lengths)
-    if len(set(lengths)) == 1 and tokens % GRAIN == 0:
+    if len(set(lengths)) == 1 and tokens % GRAIN["cuda"] == 0:
         return Size(tokens, 0, longest)
     step = max(SMALLEST, 1 << (tokens - 1).bit_length()) // (2 * SIZES_PER_OCTAVE)
     filled = max(-(-tokens // step) * step, SMALLEST)

@@ -36,7 +36,6 @@ from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, s
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
 
-MODELS = "transformers.modeling_utils"
 # Given the tokens of each micro-batch, those of the largest with padding, and the bytes that forward keeps per token
 # (None where unknown): the number of micro-batches in each pass.
 Plan = Callable[[list[int], int, float | None], list[int]]
@@ -306,7 +305,7 @@ def _is_mask(mask: Any, inputs: torch.Tensor) -> bool:
 
 def backbones(model: nn.Module) -> dict[str, Any]:
     """Text backbones of transformers inside a model, by name."""
-    cls = getattr(sys.modules.get(MODELS), "PreTrainedModel", None)
+    cls = getattr(sys.modules.get(varlen.MODELS), "PreTrainedModel", None)
     return {
         name: module
         for name, module in model.named_modules()

@@ -17,7 +17,7 @@ from torch import nn
 from .engine import ProcessPatch
 
 IMPLEMENTATION = "sdpa"
-_MODELS = "transformers.modeling_utils"
+MODELS = "transformers.modeling_utils"
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -58,7 +58,7 @@ class NotUnderstood(Exception):
 
 def registry() -> Any:
     """transformers' attention functions by name; None where transformers was not imported."""
-    return getattr(sys.modules.get(_MODELS), "AttentionInterface", None)
+    return getattr(sys.modules.get(MODELS), "AttentionInterface", None)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ What a CUDA graph itself does is tested on a GPU (tests/patches/test_graphs_gpu.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -214,20 +215,22 @@ def test_attention_that_needs_the_lengths(served, monkeypatch, tmp_path):
 
 
 def test_dropout_since_an_earlier_training(tmp_path):
-    with hf_turbo.session():
-        trainer = make_sft(tmp_path)
+    trainer = make_sft(tmp_path)
+    backbone = trainer.model.get_base_model().model
+    with ExitStack() as applied:
+
+        def apply(finding):
+            for patch in finding.patches:
+                patch.apply()
+                applied.callback(patch.revert)
+
         for expected in (True, False):
-            finding = padding.find(trainer.model, device_type="cpu")
-            for patch in finding.patches:
-                patch.apply()
+            apply(padding.find(trainer.model, device_type="cpu"))
             finding = padding.find_graphs(trainer.model, device_type="cpu", checkpointed=False)
-            for patch in finding.patches:
-                patch.apply()
-            state = padding._STATES[trainer.model.get_base_model().model]
+            apply(finding)
             assert (finding.patched == 1) is expected
-            assert (state.graphs is not None) is expected
-            trainer.model.config.attention_dropout = 0.5
-            trainer.model.get_base_model().model.config.attention_dropout = 0.5
+            assert (padding._STATES[backbone].graphs is not None) is expected
+            trainer.model.config.attention_dropout = backbone.config.attention_dropout = 0.5
 
 
 def test_dropout_is_not_recorded(tmp_path):
