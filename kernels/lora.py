@@ -118,7 +118,10 @@ def add_low_rank(
     ONE_BLOCK: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """tile + s @ b^T, in float32. The product starts from the tile: added to it, it would have to change its layout.
+    """tile + s @ b^T, in float32.
+
+    Products of 16-bit numbers start from the tile: added to it, they would have to change their layout. Those of
+    float32 are added to it, as many small terms would each be rounded to the precision of the sum.
 
     Args:
         s_ptr, s_stride, s_rows: s, its row stride, and rows of it (their numbers, and whether each exists).
@@ -128,6 +131,7 @@ def add_low_rank(
     s_index, s_mask = s_rows
     b_index, b_mask = b_rows
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
+    total = tl.zeros(tile.shape, tl.float32) if IEEE else tile
     if ONE_BLOCK:
         column = tl.arange(0, RANK)
         s = tl.load(
@@ -140,21 +144,22 @@ def add_low_rank(
             mask=b_mask[None, :] & (column[:, None] < rank),
             other=0.0,
         )
-        return tl.dot(s, b.to(s.dtype), tile, input_precision=precision)
-    for first in range(0, rank, RANK):
-        column = first + tl.arange(0, RANK)
-        s = tl.load(
-            s_ptr + s_index[:, None] * s_stride + column[None, :],
-            mask=s_mask[:, None] & (column[None, :] < rank),
-            other=0.0,
-        )
-        b = tl.load(
-            b_ptr + b_index[None, :] * b_row + column[:, None] * b_rank,
-            mask=b_mask[None, :] & (column[:, None] < rank),
-            other=0.0,
-        )
-        tile = tl.dot(s, b.to(s.dtype), tile, input_precision=precision)
-    return tile
+        total = tl.dot(s, b.to(s.dtype), total, input_precision=precision)
+    else:
+        for first in range(0, rank, RANK):
+            column = first + tl.arange(0, RANK)
+            s = tl.load(
+                s_ptr + s_index[:, None] * s_stride + column[None, :],
+                mask=s_mask[:, None] & (column[None, :] < rank),
+                other=0.0,
+            )
+            b = tl.load(
+                b_ptr + b_index[None, :] * b_row + column[:, None] * b_rank,
+                mask=b_mask[None, :] & (column[:, None] < rank),
+                other=0.0,
+            )
+            total = tl.dot(s, b.to(s.dtype), total, input_precision=precision)
+    return tile + total if IEEE else total
 
 
 @triton.jit
@@ -384,6 +389,11 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return torch.mm(a.to(wide), b.to(wide)).to(dtype)
 
 
+def bias_gradient(dy: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum over the rows of `dy` in `dtype`, rounded once: `Tensor.sum` would round each row to `dtype` first."""
+    return dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dtype)
+
+
 def draw_seed(device: torch.device) -> int:
     """A seed that follows torch's generator of the device: the same after the same `manual_seed`, and in recompute.
 
@@ -561,7 +571,9 @@ def low_rank_gradients(
 ) -> list[torch.Tensor | None]:
     """dA_i = dS_i^T @ dropout_i(x) for those whose dtype is given."""
     x = x if x.dtype == ds.dtype else x.to(ds.dtype)
-    if None not in dtypes and len(set(dtypes)) == 1 and not any(stack.dropout):
+    # In float32 each product is that of stock: cuBLAS makes longer sums for several at once, with larger errors.
+    stackable = len(dtypes) == 1 or ds.itemsize == 2
+    if stackable and None not in dtypes and len(set(dtypes)) == 1 and not any(stack.dropout):
         stacked = product(ds.t(), x, dtypes[0])  # type: ignore[arg-type]
         return [stacked] if len(dtypes) == 1 else [stacked[each] for each in stack.columns]
     gradients: list[torch.Tensor | None] = []
@@ -691,7 +703,7 @@ class _LoRALinears(torch.autograd.Function):
             given = dy.reshape(-1, dy.shape[-1])
             dy = given if given.dtype == x.dtype else given.to(x.dtype)
             if dtypes[i] is not None:
-                gradients[i] = dy.sum(0, dtype=dtypes[i])
+                gradients[i] = bias_gradient(dy, dtypes[i])
             b_i = adapters.b[i]
             if b_i is not None:
                 assert s is not None
@@ -747,12 +759,8 @@ class _LoRAAdd(torch.autograd.Function):
         if ds is not None and need_a:
             (da,) = low_rank_gradients(x, ds, [ctx.dtypes[1]], stack, ctx.seeds)
         if ds is not None and need_x:
-            if stack.dropout[0]:
-                dx = torch.zeros_like(x)
-                add_input_gradient(dx, ds, adapters, ctx.seeds)
-            else:
-                assert adapters.a is not None
-                dx = product(ds, adapters.a, x.dtype)
+            dx = torch.zeros_like(x)
+            add_input_gradient(dx, ds, adapters, ctx.seeds)
             dx = dx.view(ctx.shape)
         return dy, dx, da, db, None
 

@@ -39,6 +39,7 @@ from .lora import (
     adapter_gradients,
     add_input_gradient,
     add_low_rank,
+    bias_gradient,
     check,
     dense,
     linear,
@@ -169,11 +170,12 @@ def _backward_kernel(
         tl.store(dh_ptr + dense, h.to(dh_ptr.dtype.element_ty), mask=mask)
 
 
-# H200, [4096, 14336] bf16, rank 16: forward 107 us (floor 83; 32 x 128 with 8 warps: 111), backward 236 us (floor 166;
-# 32 x 128 with 8 warps: 239). At rank 64 the backward tile is the best too, at 293 us; 64 x 64 is forward, at 135 us.
-# Adding the products to the tiles instead of starting from them: 148 and 318 us at rank 16.
+# H200, [4096, 14336] bf16, rank 16: forward 107 us (floor 83; 32 x 128 with 8 warps: 111). Adding the products to the
+# tile instead of starting from it: 148 us.
 _FORWARD_TILE = {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": 4}
-_BACKWARD_TILE = {"BLOCK_T": 64, "BLOCK_N": 32, "num_warps": 4}
+# Never of 64 rows: those go to wgmma, and Triton 3.6 computes nonsense and reads out of bounds then, depending on which
+# ranks are known when it compiles (ranks 1, 64 and 130; or 64, 64 and 64 without the branches).
+_BACKWARD_TILE = {"BLOCK_T": 32, "BLOCK_N": 64, "num_warps": 4}
 
 
 # ---------------------------------------------------------------------------------------------------------------- ops
@@ -425,7 +427,7 @@ class _Hidden(torch.autograd.Function):
         given = dy.reshape(-1, dy.shape[-1])
         dy = given if given.dtype == x.dtype else given.to(x.dtype)
         if bias_dtypes[-1] is not None:
-            biases[-1] = dy.sum(0, dtype=bias_dtypes[-1])
+            biases[-1] = bias_gradient(dy, bias_dtypes[-1])
         ds_down = None
         if s_down is not None:
             ds_down = torch.empty_like(s_down)
@@ -441,7 +443,7 @@ class _Hidden(torch.autograd.Function):
         dx, ds = None, None if s is None else torch.empty_like(s)
         for i, dhidden in enumerate((dgate,) if up is None else (dgate, dup)):
             if bias_dtypes[i] is not None:
-                biases[i] = dhidden.sum(0, dtype=bias_dtypes[i])
+                biases[i] = bias_gradient(dhidden, bias_dtypes[i])
             b_i = into.b[i]
             if b_i is not None:
                 assert s is not None

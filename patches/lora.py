@@ -40,6 +40,7 @@ from .engine import (
 )
 from .expanded_weights import expander_of
 from .lora_watch import Watch
+from .sums import FULL_SUMS
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj")
 
@@ -642,6 +643,8 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
         widths = {getattr(member, "in_features", None) for member in members}
         if len(members) > 1 and len(widths) == 1 and not any(member in _GROUPS for member in members):
             finding.patches.append(_GroupPatch(f"qkv:{name}", members))
+    if finding.patches:
+        finding.patches.append(FULL_SUMS)
     return finding
 
 

@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from hf_turbo.kernels import _launch
+from hf_turbo.patches.sums import full_sums
 
 _INTERPRET = _launch.INTERPRET
 
 
 @pytest.fixture(params=["torch", "interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """Where the tensors of a test live; sets which implementation the ops choose there."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         if _INTERPRET:
             pytest.skip("TRITON_INTERPRET=1 interprets kernels on the GPU too")
-        return torch.device("cuda", torch.cuda.current_device())
+        with full_sums():
+            yield torch.device("cuda", torch.cuda.current_device())
+        return
     if request.param == "interpreter" and not _INTERPRET:
         pytest.skip("needs TRITON_INTERPRET=1")
     monkeypatch.setattr(_launch, "INTERPRET", request.param == "interpreter")
-    return torch.device("cpu")
+    yield torch.device("cpu")
 
 
 @pytest.fixture
-def cuda() -> torch.device:
+def cuda() -> Iterator[torch.device]:
     """For tests that only make sense on a GPU; mark them gpu."""
     if not torch.cuda.is_available() or _INTERPRET:
         pytest.skip("needs a CUDA device and no TRITON_INTERPRET")
-    return torch.device("cuda", torch.cuda.current_device())
+    with full_sums():
+        yield torch.device("cuda", torch.cuda.current_device())
 
 
 def _round_to_bfloat16() -> None:

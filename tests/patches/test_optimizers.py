@@ -326,7 +326,9 @@ def test_states_in_managed_memory(patch, bits):
     assert is_turbo(optimizer)
     states = [one.state[param] for one, param in zip((optimizer, stock), params, strict=True)]
     assert states[0]["state1"].device.type == "cpu"
-    torch.testing.assert_close(params[0], params[1], rtol=1e-4, atol=1e-5)
+    # bitsandbytes rounds to a code that is near, not always to the nearest, and with it the parameter moves.
+    far = (~torch.isclose(params[0], params[1], rtol=1e-4, atol=1e-5)).float().mean()
+    assert far <= (1e-4 if bits == 8 else 0)
     different = (states[0]["state1"] != states[1]["state1"]).float().mean()
     assert different < (1e-3 if bits == 8 else 1)
 
