@@ -6,6 +6,8 @@ per level above it (nine in a PEFT model), and `train()` writes to each through 
 one loop. It visits the same modules in the same order, as lazily, and calls what a subclass or an instance overrides
 where torch would.
 
+The count is made once per optimizer step: Trainer asks for it after each micro-batch, to log floating-point operations.
+
 Milliseconds in a training step of Llama-8B with LoRA on all linears (2,665 modules, 739 parameters), torch's and here:
 train 7.0 and 1.7, the count 7.8 and 4.2, clipping 5.2 and 3.9, zero_grad 4.8 and 3.4; the step of 276 takes 262.
 
@@ -18,7 +20,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -219,10 +223,52 @@ def _are_distinct(children: dict[str, nn.Module | None]) -> bool:
     return len(set(children.values())) == len(children)
 
 
+class _Counts:
+    """Counts of parameters that were made for the optimizer step in hand."""
+
+    def __init__(self) -> None:
+        self._step: Any = None
+        self._counts: weakref.WeakKeyDictionary[nn.Module, dict[tuple[bool, bool], int]] = weakref.WeakKeyDictionary()
+        self._kept = False
+
+    @contextmanager
+    def kept(self, step: Any) -> Iterator[None]:
+        """Inside, a count is made once for equal values of `step`."""
+        if step != self._step:
+            self._step = step
+            self._counts.clear()
+        self._kept = True
+        try:
+            yield
+        finally:
+            self._kept = False
+
+    def forget(self) -> None:
+        self._step = None
+
+    def of(self, model: nn.Module) -> dict[tuple[bool, bool], int]:
+        """The counts of a model, by the arguments of `num_parameters`; lost at once where they are not kept."""
+        return self._counts.setdefault(model, {}) if self._kept else {}
+
+
+COUNTS = _Counts()
+
+
+def floating_point_ops(self: Any, stock: Callable[..., int], inputs: Any) -> int:
+    """Trainer's, given its own."""
+    if not is_live():
+        return stock(self, inputs)
+    with COUNTS.kept((id(self), self.state.global_step)):
+        return stock(self, inputs)
+
+
 def _make_num_parameters(stock: Callable[..., int]) -> Callable[..., int]:
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         if not (_acts() and isinstance(self, nn.Module) and _lists_as_stock(self)):
             return stock(self, only_trainable, exclude_embeddings)
+        counts, kind = COUNTS.of(self), (only_trainable, exclude_embeddings)
+        if kind in counts:
+            return counts[kind]
         # Half of the parameters of a 4-bit model are in its uint8 tensors.
         packed: Any = ()
         if getattr(self, "is_loaded_in_4bit", False):
@@ -242,6 +288,7 @@ def _make_num_parameters(stock: Callable[..., int]) -> Callable[..., int]:
                     continue
                 count = parameter.numel()
                 total += count * 2 * parameter.element_size() if isinstance(parameter, packed) else count
+        counts[kind] = total
         return total
 
     return num_parameters

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from . import module_walks
 from .engine import AttributePatch, Patch, look_like
 
 MODULE = "transformers.trainer"
@@ -30,9 +31,10 @@ def entry_patches(
         batches_fetched: called with the trainer and the micro-batches of the next optimizer step.
     """
     stock_train, stock_init = trainer_cls.train, trainer_cls.call_model_init
-    stock_samples = trainer_cls.get_batch_samples
+    stock_samples, stock_operations = trainer_cls.get_batch_samples, trainer_cls.floating_point_ops
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module_walks.COUNTS.forget()  # of a last training, whose model may have been another
         with around_train(self):
             return stock_train(self, *args, **kwargs)
 
@@ -46,7 +48,15 @@ def entry_patches(
         batches_fetched(self, result[0])
         return result
 
-    replacements = {"train": train, "call_model_init": call_model_init, "get_batch_samples": get_batch_samples}
+    def floating_point_ops(self: Any, inputs: Any) -> int:
+        return module_walks.floating_point_ops(self, stock_operations, inputs)
+
+    replacements = {
+        "train": train,
+        "call_model_init": call_model_init,
+        "get_batch_samples": get_batch_samples,
+        "floating_point_ops": floating_point_ops,
+    }
     for name, replacement in replacements.items():
         look_like(replacement, getattr(trainer_cls, name))
     return [AttributePatch(f"trainer:{name}", trainer_cls, name, new) for name, new in replacements.items()]

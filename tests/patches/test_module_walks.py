@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -552,6 +553,28 @@ def test_a_training_logs_the_same(tmp_path, adapted):
     assert logs == turbo_logs
     assert flos == turbo_flos > 0
     assert all(torch.equal(weight, turbo_weights[name]) for name, weight in weights.items())
+
+
+def test_trainer_counts_once_per_step(walks, monkeypatch):
+    """And anew in the next one, in another training, and for anyone else."""
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=0), model=tiny_model("llama"))
+    made, owners = [], module_walks._owners
+    monkeypatch.setattr(module_walks, "_owners", lambda root: made.append(root) or owners(root))
+
+    def operations() -> int:
+        return module_walks.floating_point_ops(trainer, lambda self, inputs: self.model.num_parameters(), {})
+
+    first = [operations() for _ in range(4)]
+    assert len(made) == 1
+    trainer.model.more = torch.nn.Linear(3, 5, bias=False)
+    assert trainer.model.num_parameters() == first[0] + 15
+    trainer.state.global_step = 1
+    assert operations() == first[0] + 15
+    assert len(made) == 3
+    module_walks.COUNTS.forget()
+    assert operations() == operations() == first[0] + 15
+    assert len(made) == 4
+    assert len(set(first)) == 1
 
 
 def test_transformers_come_later(monkeypatch):
