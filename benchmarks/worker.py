@@ -200,7 +200,10 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
     profile = spec["profile"] and device != "cpu"
     total = warmup + steps + (PROFILED_STEPS if profile else 0)
-    samples = workload.samples(total * workload.accumulation * workload.batch_size, model.config.vocab_size)
+    count = total * workload.accumulation * workload.batch_size
+    if workload.packed:
+        count *= 2 * -(-workload.packed // workload.median)  # rows enough, whatever the lengths turn out to be
+    samples = workload.samples(count, model.config.vocab_size)
     timer = step_timer(warmup, steps, device, profile)
     with tempfile.TemporaryDirectory() as output_dir:
         trainer = SFTTrainer(
@@ -211,7 +214,8 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
                 per_device_train_batch_size=workload.batch_size,
                 gradient_accumulation_steps=workload.accumulation,
                 gradient_checkpointing=workload.checkpointing,
-                max_length=None,
+                max_length=workload.packed or None,
+                packing=workload.packed > 0,
                 optim=workload.optim,
                 learning_rate=workload.learning_rate,
                 lr_scheduler_type="constant",

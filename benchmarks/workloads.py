@@ -109,6 +109,7 @@ class Workload:
         median: median length of a sample in tokens.
         sigma: spread of the log-normal distribution of lengths (standard deviation of the logarithm); 0: all the same.
         cap: the longest a sample may be; longer ones are cut.
+        packed: tokens of a row into which TRL packs samples (`packing=True`); 0: no packing.
         masked: share of each sample, from its start, that carries no loss (the prompt).
         lora_rank: 0 trains every weight. lora_targets: PEFT's `target_modules`.
         nf4: base weights quantised to NF4 with double quantisation (QLoRA); they are bf16 otherwise.
@@ -123,6 +124,7 @@ class Workload:
     accumulation: int = 1
     sigma: float = 0.0
     cap: int = 1 << 20
+    packed: int = 0
     masked: float = 0.0
     lora_rank: int = 0
     lora_targets: str | tuple[str, ...] = "all-linear"
@@ -144,6 +146,7 @@ class Workload:
             self,
             median=max(16, self.median // shrink),
             cap=max(32, min(self.cap, 4096) // shrink),
+            packed=self.packed // shrink,
             config={**config, **self.config},
         )
 
@@ -221,6 +224,9 @@ WORKLOADS: dict[str, Workload] = {
         "llama-3.1-8b", batch_size=2, accumulation=4, **{**LORA, "lora_rank": 32}, **ALPACA
     ),
     "llama8b-qlora-32k": Workload("llama-3.1-8b", batch_size=1, median=32_768, nf4=True, checkpointing=True, **LORA),
+    "llama1b-lora-packed-64k": Workload(
+        "llama-3.2-1b", batch_size=1, packed=65_536, checkpointing=True, **LORA, **{**CHAT, "median": 1500, "cap": 8192}
+    ),
     "qwen3-4b-full": Workload("qwen3-4b", batch_size=2, median=2048, checkpointing=True),
     "qwen3-moe-lora": Workload("qwen3-moe-12-layers", batch_size=2, median=2048, lora_targets=ATTENTION, **LORA),
 }
