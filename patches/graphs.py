@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import device_memory, lora, recomputation, varlen
+from . import device_memory, kept_layers, lora, recomputation, varlen
 from .engine import is_plain
 from .micro_batches import GRAIN, Pass
 from .padding_conflicts import dropouts
@@ -60,14 +60,16 @@ class Size(NamedTuple):
     documents: int
     longest: int
 
-    def holds(self, other: Size) -> bool:
-        """Whether a recording of this size serves a pass of the other, without computing much for nothing."""
+    def holds(self, lengths: list[int]) -> bool:
+        """Whether a recording of this size serves documents of these lengths, without computing much for nothing."""
+        other = size_of(lengths)
         if not (self.documents and other.documents):
             return self == other
+        # The filling is a document, and longer here than in `other`. Attention does not come to what exceeds `longest`.
         return (
             other.tokens <= self.tokens <= 1.3 * other.tokens
             and other.documents <= self.documents <= 2 * other.documents
-            and other.longest <= self.longest
+            and max(other.longest, self.tokens - sum(lengths)) <= self.longest
         )
 
 
@@ -289,13 +291,13 @@ class Graphs:
             or backbone is None
             or self._template is None
             or kwargs.get("inputs_embeds") is not None
-            or (self._is_offloaded and of.tokens > max(FEW_TOKENS, SHARE_OF_STOCK * worst))
+            or (self._offloads() and of.tokens > max(FEW_TOKENS, SHARE_OF_STOCK * worst))
             or not _is_recordable(rest)
         ):
             return None
         lengths = [length for each in of.micro_batches for length in each.lengths]
         key = size_of(lengths), (_state_of(of.device), tuple(sorted(rest.items())))
-        found = next((each for each in self._recordings if each[1] == key[1] and each[0].holds(key[0])), key)
+        found = next((each for each in self._recordings if each[1] == key[1] and each[0].holds(lengths)), key)
         of.fill_to(found[0].tokens)
         if found not in self._recordings and (self._seen[key] == 0 or len(self) == MOST_RECORDINGS):
             self._seen[key] += 1  # computed, at the size to be recorded: kernels are loaded and memory is known
@@ -328,6 +330,11 @@ class Graphs:
         self.replays += 1
         return output
 
+    def _offloads(self) -> bool:
+        """Whether inputs of layers wait in host memory: of those that are recomputed."""
+        stack = kept_layers.stack_of(self._backbone())  # type: ignore[arg-type]
+        return self._is_offloaded and (stack is None or not stack.keeps_all)
+
     def _changed(self) -> None:
         """There are no recordings any more."""
         self.forget()
@@ -342,8 +349,11 @@ class Graphs:
     def _made(self, run: Callable[..., Any], arguments: dict[str, Any], size: Size, kept: float) -> _Recording | None:
         """A recording, if there is memory for it."""
         device = arguments["input_ids"].device
-        free = device_memory.free(device)
-        if free is not None and free < MEMORY_OVER_KEPT * kept * size.tokens + 2**30:
+        stack = kept_layers.stack_of(self._backbone())  # type: ignore[arg-type]
+        if stack is not None:
+            stack.begin(size.tokens, size.tokens, device)
+        free, more = device_memory.free(device), 0.0 if stack is None else stack.kept_bytes
+        if free is not None and free < MEMORY_OVER_KEPT * kept * size.tokens + more + 2**30:
             return None
         if self._record is None:
             self._record = _RECORDERS[device.type](device)

@@ -275,15 +275,28 @@ def test_sizes(lengths, expected):
 
 
 def test_a_size_holds_what_it_is_made_for():
+    """And serves others only where nothing exceeds it, the filling not either."""
     import random
 
-    draw = random.Random(0)
+    draw, sizes, served = random.Random(0), [], 0
     for _ in range(500):
         lengths = [draw.randint(1, 900) for _ in range(draw.randint(1, 40))]
         size = graphs.size_of(lengths)
         filling = size.tokens - sum(lengths)
         assert 0 <= filling <= max(0.26 * size.tokens, graphs.SMALLEST)
-        if size.documents:
-            assert len(lengths) < size.documents
-            assert max(*lengths, filling) <= size.longest <= size.tokens
-        assert size.holds(size)
+        assert size.holds(lengths)
+        for each in (size, *sizes):
+            if each.documents and each.holds(lengths):
+                served += 1
+                assert len(lengths) < each.documents
+                assert max(*lengths, each.tokens - sum(lengths)) <= each.longest <= each.tokens
+        sizes.append(size)
+    assert served > 2 * len(sizes)
+
+
+def test_filling_that_is_longer_than_any_document():
+    """2,574 tokens fit a recording made for 3,139, but their filling would be longer than what it attends to."""
+    recorded = graphs.size_of([392, 392, 392, 392, 392, 392, 392, 395])
+    assert recorded == (3584, 16, 896)
+    assert recorded.holds([400] * 7 + [300])
+    assert not recorded.holds([320] * 7 + [334])
