@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from .policies.memory import Choice as Memory
+from .policies.memory import budget_bytes
 
 Choice = bool | Literal["auto"]
 
@@ -34,6 +37,12 @@ class TurboConfig:
             that come again; their memory is taken only where it is plainly free.
         max_tokens_per_pass: tokens that micro-batches sharing a pass may have together; None: chosen from measured
             memory.
+        memory: what becomes of gradient checkpointing that the script asks for. "auto": layers are recomputed as far as
+            memory is not plainly free, with the same bits either way; "max_speed": most of what is free is used;
+            "as_is": every layer is recomputed, as the script says.
+        memory_budget: the most that this process may hold in tensors on the device when layers need not be recomputed:
+            "8GiB", or a share of the device's memory such as 0.6; None: what is free. It lowers nothing that the script
+            takes with all layers recomputed.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
             the computation; "auto" where the copies hide behind it.
@@ -61,6 +70,8 @@ class TurboConfig:
     offload: Choice = "auto"
     optimizer: Choice = "auto"
     host: Choice = "auto"
+    memory: Memory = "auto"
+    memory_budget: str | float | None = None
     max_tokens_per_pass: int | None = None
     expanded_weights: bool = False
     metrics: bool = True
@@ -72,6 +83,16 @@ class TurboConfig:
             if field.name == "max_tokens_per_pass":
                 if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                     raise ValueError(f"hf_turbo option {field.name}={value!r}: a number of tokens, 1 or more, or None")
+                continue
+            if field.name == "memory_budget":
+                if value is not None:
+                    budget_bytes(value, 1)
+                continue
+            if field.name == "memory":
+                if value not in get_args(Memory):
+                    raise ValueError(
+                        f"hf_turbo option memory={value!r}: choose one of {', '.join(map(repr, get_args(Memory)))}"
+                    )
                 continue
             valid = (True, False) if field.type == "bool" else (True, False, "auto")
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in valid):

@@ -123,14 +123,22 @@ class _Activation:
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
             roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)
+            plan = self._memory_plan()
+            roles["memory"] = (
+                lambda: checkpointing.find_memory(model, plan),
+                conflict or self._memory_conflict(trainer),
+            )
         offload = self._offload(model, trainer, asked, by_loop)
         if offload is not None:
             roles["offload"] = (offload[0], conflict or offload[1])
         # Last: what is recorded rests on all the others.
         if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
+            against = self._sharing_conflict("graphs", model, trainer)
+            if self.config.memory_budget is not None and self.config.graphs == "auto":
+                against = against or "recordings hold memory for good, and memory_budget is given"
             roles["graphs"] = (
                 lambda: padding.find_graphs(model, device_type=device.type, checkpointed=asked),
-                conflict or self._sharing_conflict("graphs", model, trainer),
+                conflict or against,
             )
         name = _model_name(model)
         self._merging.discard(model)
@@ -158,6 +166,38 @@ class _Activation:
         if getattr(self.config, role) == "auto":
             against = against or trainer_patches.padding_conflict(trainer, model)
         return against
+
+    def _memory_conflict(self, trainer: Any) -> str | None:
+        """Why checkpointed layers are recomputed whatever memory is free, or None."""
+        from hf_turbo.patches import trainer as trainer_patches
+
+        if self.config.memory == "as_is":
+            return "memory='as_is'"
+        kind = None if trainer is None else trainer_patches.gathers_weights(trainer)
+        return kind and f"{kind} gathers weights at every pass"
+
+    def _memory_plan(self) -> Callable[[list[float], float | None, Any], int]:
+        """How many of the last layers of a pass are kept."""
+        import torch
+
+        from hf_turbo.patches import device_memory, host_memory
+
+        from .policies import memory
+
+        share, budget = memory.SHARE_OF_FREE_MEMORY.get(self.config.memory, 0.0), self.config.memory_budget
+
+        def plan(sizes: list[float], rest: float | None, device: torch.device) -> int:
+            free = device_memory.free(device)
+            room = share * (host_memory.available() if free is None else free)
+            allocated = device_memory.allocated(device)
+            if budget is not None and allocated is not None:
+                total = torch.cuda.get_device_properties(device).total_memory
+                if rest is None:
+                    return 0
+                room = min(room, memory.budget_bytes(budget, total) - allocated - rest)
+            return memory.layers_to_keep(sizes, room)
+
+        return plan
 
     def _offload(
         self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
@@ -443,12 +483,11 @@ def _around_train(trainer: Any) -> Iterator[None]:
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
-        note = padding.end_training(trainer.model)
-        if note is not None:
-            activation.report.notes.append(note)
+        notes = [padding.end_training(trainer.model), checkpointing.end_training(trainer.model)]
+        if any(notes):
+            activation.report.notes.extend(filter(None, notes))
             if activation.config.report:
                 _write(trainer, activation.report)
-        checkpointing.end_training(trainer.model)
         lora.end_training()
         activation.training.pop(trainer, None)
         for callback in (meter, table):

@@ -2,9 +2,10 @@
 
 A layer calls whatever function was put into its attribute `_gradient_checkpointing_func`; a property of its class hands
 that out wrapped, and so outlives TRL's switching checkpointing off and on around generation and reference passes. The
-attribute itself stays as the host wrote it. Two features, each with layers of its own:
+attribute itself stays as the host wrote it. Three features, each with layers of its own:
 
 * Where the function is torch's checkpoint without reentrant autograd, recomputation.py does the same.
+* Of those, layers keep what they save after all where memory is free: kept_layers.py.
 * Each checkpointed layer keeps its input for recomputation: tokens x hidden size per layer. They are copied to pinned
   host memory while the following layers compute, and return one layer ahead of backward, with the same bits. Checkpoint
   saves the layer's inputs, and nothing of its inside, through the hooks that surround its call, in all of its forms.
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import recomputation
+from . import kept_layers, recomputation
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
 
@@ -47,7 +48,9 @@ def _get(self: nn.Module) -> Any:
     if torch.compiler.is_compiling() or not is_live():
         return stock
     store, recomputed = _STORES.get(self), self in _RECOMPUTED
-    return functools.partial(_checkpoint, stock, store, recomputed) if recomputed or store is not None else stock
+    if not recomputed and store is None:
+        return stock
+    return functools.partial(_checkpoint, stock, store, recomputed, kept_layers.PLACES.get(self))
 
 
 def _set(self: nn.Module, function: Any) -> None:
@@ -65,6 +68,7 @@ def _checkpoint(
     stock: Callable[..., Any],
     store: HostStore | None,
     recomputed: bool,
+    place: tuple[kept_layers.Stack, int] | None,
     function: Callable[..., Any],
     /,
     *args: Any,
@@ -74,11 +78,18 @@ def _checkpoint(
     hidden_states = args[0] if args else None
     if not (is_live() and isinstance(hidden_states, torch.Tensor)) or kwargs:
         return stock(function, *args, **kwargs)
+    recomputed = recomputed and recomputation.is_plain(stock, args, hidden_states.device)
+    watch = None
+    if place is not None and recomputed:
+        stack, index = place
+        if stack.keeps(index, hidden_states):
+            return function(*args)
+        watch = stack.watch(index, hidden_states)
     hooks = None
     if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
         hooks = _to_store(store, hidden_states)
-    if recomputed and recomputation.is_plain(stock, args, hidden_states.device):
-        return recomputation.recompute_in_backward(stock, function, args, hidden_states.device, hooks)
+    if recomputed:
+        return recomputation.recompute_in_backward(stock, function, args, hidden_states.device, hooks, watch)
     if hooks is None:
         return stock(function, *args)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
@@ -160,6 +171,28 @@ class _Recomputed(Patch):
     def revert(self) -> bool:
         for layer in self._layers:
             _RECOMPUTED.discard(layer)
+        return True
+
+
+class _Keeps(Patch):
+    """Gives the layers of a stack their places in it."""
+
+    id = "memory:stack"
+
+    def __init__(self, layers: list[nn.Module], plan: kept_layers.Plan):
+        self._layers = weakref.WeakSet(layers)
+        self._stack: kept_layers.Stack | None = kept_layers.Stack(layers, plan)
+        self._places = {id(layer): place for place, layer in enumerate(layers)}
+
+    def apply(self) -> None:
+        assert self._stack is not None
+        for layer in self._layers:
+            kept_layers.PLACES[layer] = self._stack, self._places[id(layer)]
+        self._stack = None
+
+    def revert(self) -> bool:
+        for layer in self._layers:
+            kept_layers.PLACES.pop(layer, None)
         return True
 
 
@@ -259,6 +292,30 @@ def find_offload(
     return finding
 
 
+def find_memory(model: nn.Module, plan: kept_layers.Plan) -> Finding:
+    """Stacks of layers that need not be recomputed where memory is free: those that `find` has.
+
+    Args:
+        plan: how many are kept.
+    """
+    finding = Finding("memory", "kept where memory is free", Exactness.EXACT)
+    stacks: dict[str, list[nn.Module]] = {}
+    for name, layer in layers_of(model).items():
+        finding.found += 1
+        if layer not in _RECOMPUTED:
+            finding.refuse("gradient checkpointing is off, or torch's own")
+            continue
+        finding.patched += 1
+        if layer not in kept_layers.PLACES:
+            stacks.setdefault(name.rpartition(".")[0], []).append(layer)
+    finding.patches = [_Keeps(layers, plan) for layers in stacks.values()]
+    return finding
+
+
+def _stacks_of(model: nn.Module) -> set[kept_layers.Stack]:
+    return {kept_layers.PLACES[layer][0] for layer in layers_of(model).values() if layer in kept_layers.PLACES}
+
+
 def trainer_asks(trainer: Any) -> bool:
     """Whether `train()` switches checkpointing on."""
     # Renamed after transformers 5.17, which has the second name only.
@@ -310,12 +367,18 @@ def _trainer_kwargs(trainer: Any) -> dict[str, Any]:
     return {}
 
 
-def end_training(model: nn.Module | None) -> None:
-    """Frees the host memory; the next training takes it again."""
+def end_training(model: nn.Module | None) -> str | None:
+    """Frees the host memory; the next training takes it again. Returns what became of recomputation, for the report."""
     if model is None:
-        return
+        return None
     for store in {_STORES[layer] for layer in layers_of(model).values() if layer in _STORES}:
         store.trim()
+    stacks = _stacks_of(model)
+    layers = sum(stack.passes * stack.layers for stack in stacks)
+    kept = sum(stack.kept for stack in stacks)
+    for stack in stacks:
+        stack.forget_counts()
+    return f"memory: {kept / layers:.0%} of the checkpointed layers' passes needed no recomputation" if kept else None
 
 
 def sizes_of(layer: nn.Module, experts_per_token: int | None = None) -> tuple[int, float]:

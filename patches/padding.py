@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpointing, device_memory, graphs, padding_conflicts, varlen
+from . import checkpointing, device_memory, graphs, kept_layers, padding_conflicts, varlen
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
@@ -209,14 +209,17 @@ def _computed(
     except varlen.NotUnderstood as error:
         state.reason = str(error)
     except torch.OutOfMemoryError:
-        if len(together.micro_batches) == 1 or state.step is None:
+        tightened = kept_layers.tighten(backbone)
+        if not tightened and (len(together.micro_batches) == 1 or state.step is None):
             raise
         state.kept_per_token = state.kept_per_token and 2 * state.kept_per_token
     # Outside of the handlers: they hold on to the tensors of the pass that failed.
     set_random_states(random, device)
-    if state.reason or state.step is None:
+    if state.reason:
         return None
     torch.cuda.empty_cache()
+    if state.step is None or len(together.micro_batches) == 1:
+        return _computed(backbone, stock, kwargs, rest, claimed, state)
     state.step.split(together)
     smaller = _claim(backbone, kwargs, rest, state)
     return smaller and _computed(backbone, stock, kwargs, rest, smaller, state)
@@ -249,7 +252,8 @@ def _run(
         raise varlen.NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
     state.tried = True
     if before is not None:
-        kept = (device_memory.allocated(device) or 0) - before
+        # What is kept instead of recomputed is a matter of its own.
+        kept = (device_memory.allocated(device) or 0) - before - kept_layers.kept_bytes(backbone)
         state.kept_per_token = max(state.kept_per_token or 0.0, kept / max(sum(lengths), 1))
         state.measured += 1
     if state.graphs is not None:

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+Watch = Callable[[list[torch.Tensor]], None]
 
 _DEVICES = {"cpu", "cuda"}
 _ADVICE = "Switch hf_turbo's checkpointing off (checkpointing=False) and torch's debug mode on to see the operators"
@@ -83,14 +84,16 @@ def recompute_in_backward(
     args: tuple[Any, ...],
     device: torch.device,
     hooks: Hooks | None = None,
+    watch: Watch | None = None,
 ) -> Any:
     """`stock(function, *args)`, where `is_plain(stock, args, device)`.
 
     Args:
         device: the one whose random numbers `function` may draw, beside the CPU's.
         hooks: to pack and unpack the tensors among `args` with; default: those that are in force.
+        watch: told the tensors that a recomputation has made for backward.
     """
-    region = _Region(function, args, device, stock.keywords.get("preserve_rng_state", True), hooks)
+    region = _Region(function, args, device, stock.keywords.get("preserve_rng_state", True), hooks, watch)
     with saved_tensors_hooks(region.pack, region.unpack):
         return function(*args)
 
@@ -125,7 +128,18 @@ class _Done(Exception):
 class _Region:
     """One call of a checkpointed function."""
 
-    __slots__ = ("_args", "_autocast", "_device", "_function", "_kept", "_like", "_places", "_random", "_slots")
+    __slots__ = (
+        "_args",
+        "_autocast",
+        "_device",
+        "_function",
+        "_kept",
+        "_like",
+        "_places",
+        "_random",
+        "_slots",
+        "_watch",
+    )
 
     def __init__(
         self,
@@ -134,8 +148,9 @@ class _Region:
         device: torch.device,
         preserve_random_state: bool,
         hooks: Hooks | None,
+        watch: Watch | None,
     ):
-        self._function, self._device = function, device
+        self._function, self._device, self._watch = function, device, watch
         # Weakly: a tensor whose node is done, or that no gradient needs, is not kept when recomputed.
         self._slots: list[weakref.ref[_Slot]] = []
         self._like: list[Any] = []
@@ -220,6 +235,9 @@ class _Region:
                 "torch.utils.checkpoint: Recomputed values for the following tensors have different metadata than "
                 f"during the forward pass: {different}. {_ADVICE}"
             )
+        if self._watch is not None:
+            alive = [slot() for slot in slots]
+            self._watch([slot.tensor for slot in alive if slot is not None and slot.tensor is not None])
 
 
 @torch.compiler.disable

@@ -103,6 +103,12 @@ def padding_conflict(trainer: Any, model: Any) -> str | None:
     return None
 
 
+def gathers_weights(trainer: Any) -> str | None:
+    """The kind of distributed training, where it makes weights whole as each pass comes to them."""
+    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    return None if kind in {"NO", "MULTI_CPU", "MULTI_GPU"} else kind.lower()
+
+
 def merging_conflict(trainer: Any) -> str | None:
     """Why each micro-batch of this trainer is a pass of its own, or None.
 
@@ -113,9 +119,9 @@ def merging_conflict(trainer: Any) -> str | None:
         return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
     if args.n_gpu > 1:
         return "nn.DataParallel; launch one process per device instead"
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
-    if kind not in {"NO", "MULTI_CPU", "MULTI_GPU"}:
-        return f"{kind.lower()} gathers weights at every pass"
+    kind = gathers_weights(trainer)
+    if kind is not None:
+        return f"{kind} gathers weights at every pass"
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "sync_each_batch is on"
     if getattr(args, "activation_offloading", False):

@@ -169,7 +169,8 @@ def with_dense_weights(model: Any) -> Any:
     return model
 
 
-def switched_off(*but: str) -> dict[str, bool]:
+def switched_off(*but: str) -> dict[str, bool | str]:
     """Options that leave every feature stock, except those named, which are not among them."""
     switches = [field.name for field in fields(TurboConfig) if isinstance(field.default, (bool, str))]
-    return {name: False for name in switches if name not in but}
+    off: dict[str, bool | str] = {**dict.fromkeys(switches, False), "memory": "as_is"}
+    return {name: value for name, value in off.items() if name not in but}

@@ -7,7 +7,7 @@ import pytest
 from hf_turbo import TurboConfig
 
 NAMES = [field.name for field in fields(TurboConfig)]
-SWITCHES = [name for name in NAMES if name != "max_tokens_per_pass"]
+SWITCHES = [name for name in NAMES if name not in ("max_tokens_per_pass", "memory", "memory_budget")]
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -30,6 +30,23 @@ def test_a_number_of_tokens():
     for value in (True, 0, -1, 1.0, "4096"):
         with pytest.raises(ValueError, match=r"max_tokens_per_pass=.*a number of tokens"):
             TurboConfig(max_tokens_per_pass=value)
+
+
+def test_memory():
+    for choice in ("auto", "as_is", "max_speed"):
+        assert TurboConfig(memory=choice).memory == choice
+    for value in (True, False, None, "fast", 1, []):
+        with pytest.raises(ValueError, match=r"memory=.*choose one of 'auto', 'as_is', 'max_speed'"):
+            TurboConfig(memory=value)
+
+
+def test_memory_budget():
+    assert TurboConfig().memory_budget is None
+    for value in ("8GiB", 0.6, 10**9):
+        assert TurboConfig(memory_budget=value).memory_budget == value
+    for value in (True, False, "big", 0, -1, 0.0, []):
+        with pytest.raises(ValueError, match=r"memory_budget=.*'8GiB'"):
+            TurboConfig(memory_budget=value)
 
 
 def test_a_number_of_numpy_is_no_switch():

@@ -133,7 +133,7 @@ def test_torchrun_m_on_two_processes(run, tmp_path):
 
 def test_environment_on_a_trl_script(run, tmp_path):
     run(sys.executable, SCRIPTS / "sft.py", tmp_path / "out", HF_TURBO="1")
-    assert_all_patched(report_of(tmp_path / "out"), ROLES | {"checkpointing"})  # TRL's default
+    assert_all_patched(report_of(tmp_path / "out"), ROLES | {"checkpointing", "memory"})  # TRL's default
 
 
 def test_environment_with_options(run, tmp_path):

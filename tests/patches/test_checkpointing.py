@@ -521,7 +521,7 @@ def rows(model: Any, folder: Any, **arguments: Any) -> list[tuple[int, str]]:
     """Patched layers and the reason, by the report of a training."""
     from transformers import Trainer, TrainingArguments
 
-    hf_turbo.enable(**{**dict.fromkeys(OTHERS, False), "checkpointing": "auto", "offload": False})
+    hf_turbo.enable(**switched_off("checkpointing"))
     settings = {"report_to": "none", "use_cpu": True, "max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
     examples = [{name: tensor[0] for name, tensor in batch().items()} for _ in range(4)]
     Trainer(model, TrainingArguments(str(folder), **settings, **arguments), train_dataset=examples).train()

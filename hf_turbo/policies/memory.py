@@ -1,0 +1,58 @@
+"""How many of a model's checkpointed layers need no recomputation, given what memory is free.
+
+The layers kept are the last ones: backward frees theirs first, before the others are recomputed, so that the peak is
+either at the end of forward or is that of stock.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal
+
+Choice = Literal["auto", "as_is", "max_speed"]
+
+# Of the memory that is free when a pass begins. The rest is for what the pass takes besides (logits, gradients, the
+# layer being recomputed: see batching.py, which takes half), and for other processes.
+SHARE_OF_FREE_MEMORY: dict[str, float] = {"auto": 0.4, "max_speed": 0.8}
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{k}{b}": base**i for i, k in enumerate("KMGT", 1) for b, base in (("B", 1000), ("iB", 1024))
+}
+
+
+def budget_bytes(budget: str | float, total: int) -> int:
+    """A memory budget in bytes.
+
+    Args:
+        budget: "8GiB", "800 MB", a number of bytes, or a share of the device's memory as a float up to 1.0.
+        total: bytes of the device's memory.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(budget, float) and 0 < budget <= 1:
+        return int(budget * total)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(budget))
+    if isinstance(budget, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
+        raise ValueError(
+            f"hf_turbo option memory_budget={budget!r}: a size such as '8GiB', or a share of the device's memory such "
+            "as 0.6"
+        )
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def layers_to_keep(sizes: Sequence[float], room: float) -> int:
+    """How many of the last layers fit.
+
+    Args:
+        sizes: bytes that each layer keeps for backward, in the order of forward.
+        room: bytes for all of them.
+    """
+    count = 0
+    for size in reversed(sizes):
+        room -= size
+        if room < 0:
+            break
+        count += 1
+    return count
