@@ -377,7 +377,7 @@ def end_training(model: nn.Module | None) -> str | None:
     layers = sum(stack.passes * stack.layers for stack in stacks)
     kept = sum(stack.kept for stack in stacks)
     for stack in stacks:
-        stack.forget_counts()
+        stack.forget()
     return f"memory: {kept / layers:.0%} of the checkpointed layers' passes needed no recomputation" if kept else None
 
 

@@ -40,16 +40,17 @@ class Stack:
 
     def __init__(self, layers: Iterable[nn.Module], plan: Plan):
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._measured: list[_Measured | None] = [None] * len(self._layers)
         self._plan = plan
+        self.forget()
+
+    def forget(self) -> None:
+        """Measures and counts anew: the next training may have other adapters, dtypes and lengths."""
+        self._measured: list[_Measured | None] = [None] * len(self._layers)
         self._called = len(self._layers)  # the layer called last
         self._keep = 0  # of the last layers, in the present pass
         self._caution = 1.0
         self._rest_per_token: float | None = None
         self._began: tuple[int, int, int] | None = None  # tokens, bytes in tensors, and the most ever
-        self.forget_counts()
-
-    def forget_counts(self) -> None:
         self.passes = self.kept = 0
         self.kept_bytes = 0.0
 
