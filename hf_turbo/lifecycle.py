@@ -173,7 +173,7 @@ class _Activation:
 
         if self.config.memory == "as_is":
             return "memory='as_is'"
-        kind = None if trainer is None else trainer_patches.gathers_weights(trainer)
+        kind = trainer_patches.gathers_weights(trainer)
         return kind and f"{kind} gathers weights at every pass"
 
     def _memory_plan(self) -> Callable[[list[float], float | None, Any], int]:
@@ -187,14 +187,17 @@ class _Activation:
         share, budget = memory.SHARE_OF_FREE_MEMORY.get(self.config.memory, 0.0), self.config.memory_budget
 
         def plan(sizes: list[float], rest: float | None, device: torch.device) -> int:
-            free = device_memory.free(device)
-            room = share * (host_memory.available() if free is None else free)
-            allocated = device_memory.allocated(device)
-            if budget is not None and allocated is not None:
-                total = torch.cuda.get_device_properties(device).total_memory
-                if rest is None:
-                    return 0
-                room = min(room, memory.budget_bytes(budget, total) - allocated - rest)
+            free, allocated = device_memory.free(device), device_memory.allocated(device)
+            if free is None or allocated is None:  # a CPU, which other processes train on, too
+                processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+                room = 0.0 if budget is not None else share * host_memory.available() / processes
+            elif rest is None:
+                room = 0.0
+            else:
+                room = min(share * free, free - memory.MARGIN * rest)
+                if budget is not None:
+                    total = torch.cuda.get_device_properties(device).total_memory
+                    room = min(room, memory.budget_bytes(budget, total) - allocated - rest)
             return memory.layers_to_keep(sizes, room)
 
         return plan
@@ -296,7 +299,8 @@ class _Activation:
             reason, patched = conflict, 0
             # An earlier training of this model may have had no such conflict.
             earlier = self._of_role.get(model, {}).pop(role, [])
-            self._patches = [patch for patch in self._patches if patch not in earlier]
+            for patch in earlier:  # one at a time: patches of the process are there once for each of their users
+                self._patches.remove(patch)
             _revert(earlier, self.report)
         return Row(model_name, role, finding.found, patched, finding.kernel, finding.exactness.value, reason)
 

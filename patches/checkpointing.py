@@ -80,7 +80,7 @@ def _checkpoint(
         return stock(function, *args, **kwargs)
     recomputed = recomputed and recomputation.is_plain(stock, args, hidden_states.device)
     watch = None
-    if place is not None and recomputed:
+    if place is not None and recomputed and _may_keep(stock):
         stack, index = place
         if stack.keeps(index, hidden_states):
             return function(*args)
@@ -94,6 +94,16 @@ def _checkpoint(
         return stock(function, *args)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
         return stock(function, *args)
+
+
+def _may_keep(function: Any) -> bool:
+    """Whether a layer whose forward runs once differs in nothing from one that `function` has recomputed."""
+    # Without preserve_rng_state, recomputation draws other numbers. Hooks of the script's own (save_on_cpu, activation
+    # offloading, a checkpoint around this one) would be handed all that the layer saves, and not its input alone.
+    return (
+        function.keywords.get("preserve_rng_state", True)
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
 
 
 def _to_store(store: HostStore, hidden_states: torch.Tensor) -> recomputation.Hooks:
@@ -300,15 +310,24 @@ def find_memory(model: nn.Module, plan: kept_layers.Plan) -> Finding:
     """
     finding = Finding("memory", "kept where memory is free", Exactness.EXACT)
     stacks: dict[str, list[nn.Module]] = {}
-    for name, layer in layers_of(model).items():
+    names = layers_of(model)
+    for name, layer in names.items():
         finding.found += 1
         if layer not in _RECOMPUTED:
             finding.refuse("gradient checkpointing is off, or torch's own")
             continue
+        if any(name.startswith(f"{other}.") for other in names):
+            finding.refuse("inside another checkpointed layer")
+            continue
         finding.patched += 1
         if layer not in kept_layers.PLACES:
             stacks.setdefault(name.rpartition(".")[0], []).append(layer)
-    finding.patches = [_Keeps(layers, plan) for layers in stacks.values()]
+    for layers in stacks.values():
+        if len({parameter.device for layer in layers for parameter in layer.parameters()}) > 1:
+            finding.patched -= len(layers)
+            finding.refuse("layers on several devices", len(layers))
+        else:
+            finding.patches.append(_Keeps(layers, plan))
     return finding
 
 

@@ -14,8 +14,10 @@ def free(device: torch.device) -> int | None:
     """Bytes that the driver can still give, and those that torch holds unused; None if unknown."""
     if device.type != "cuda":
         return None
-    unused = _statistic(device, "reserved_bytes") - _statistic(device, "allocated_bytes")  # type: ignore[operator]
-    return torch.cuda.mem_get_info(device)[0] + unused
+    reserved, allocated = _statistic(device, "reserved_bytes"), _statistic(device, "allocated_bytes")
+    free, total = torch.cuda.mem_get_info(device)
+    share = torch.cuda.get_per_process_memory_fraction(device)
+    return min(free + reserved - allocated, int(share * total) - allocated)  # type: ignore[operator]
 
 
 def peak_allocated(device: torch.device) -> int | None:

@@ -4,7 +4,8 @@ A script that checkpoints says that it has to fit, and pays with a second forwar
 as if it were not checkpointed: the same values and the same random numbers, so the same bits.
 
 What a layer keeps is measured where it is recomputed, which makes just that, and so takes no memory that stock would
-not take. Until every layer was recomputed once, none is kept.
+not take. Until every layer was recomputed once, none is kept; nor ever where one cannot be measured, writes to its own
+buffers, or gets other inputs than [rows, length, H].
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Stack:
         self._called = len(self._layers)  # the layer called last
         self._keep = 0  # of the last layers, in the present pass
         self._caution = 1.0
-        self._rest_per_token: float | None = None
+        self._rest: tuple[float, int] | None = None  # bytes, and of how many tokens
         self._began: tuple[int, int, int] | None = None  # tokens, bytes in tensors, and the most ever
         self.passes = self.kept = 0
         self.kept_bytes = 0.0
@@ -65,10 +66,12 @@ class Stack:
 
     def keeps(self, index: int, hidden_states: torch.Tensor) -> bool:
         """Whether the layer of this number is to be called as if it were not checkpointed, with [rows, length, H]."""
+        if hidden_states.ndim != 3:
+            return False
         # While a CUDA graph is recorded nothing may be asked of the device: `begin` was called before.
         capturing = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
         if index <= self._called and not capturing:
-            rows, length = (1, *hidden_states.shape[:-1])[-2:]
+            rows, length, _ = hidden_states.shape
             self.begin(rows * length, length, hidden_states.device)
         self._called = index
         return index >= self.layers - self._keep
@@ -78,14 +81,16 @@ class Stack:
         self._look_back(device)
         sizes = [self._bytes_of(each, tokens, longest) for each in self._measured if each is not None]
         self._keep, self.kept_bytes = 0, 0.0
-        if len(sizes) == self.layers:
-            rest = None if self._rest_per_token is None else self._rest_per_token * tokens
+        if len(sizes) == self.layers and tokens:
+            rest = None
+            if self._rest is not None:  # of fewer tokens not less: some of it is there whatever their number
+                rest = self._rest[0] * max(1.0, tokens / self._rest[1])
             self._keep = min(self._plan([self._caution * each for each in sizes], rest, device), self.layers)
             self.kept_bytes = sum(sizes[self.layers - self._keep :])
         self.passes += 1
         self.kept += self._keep
         allocated, peak = device_memory.allocated(device), device_memory.peak_allocated(device)
-        self._began = None if allocated is None or peak is None else (tokens, allocated, peak)
+        self._began = None if allocated is None or peak is None or not tokens else (tokens, allocated, peak)
 
     @staticmethod
     def _bytes_of(measured: _Measured, tokens: int, longest: int) -> float:
@@ -98,25 +103,32 @@ class Stack:
             return
         tokens, allocated, peak_before = self._began
         peak = device_memory.peak_allocated(device) or 0
-        rest = max(peak - allocated - self.kept_bytes, 0.0) / tokens
-        if self._rest_per_token is None or peak > peak_before:
-            self._rest_per_token = max(self._rest_per_token or 0.0, rest)
+        rest = max(peak - allocated - self.kept_bytes, 0.0)
+        if self._rest is None or (peak > peak_before and rest > self._rest[0]):
+            self._rest = rest, tokens
 
     def tighten(self) -> bool:
-        """After memory ran out: from here on half as much is kept. False where nothing was."""
+        """After memory ran out: from here on half as much is kept. False where nothing was since the last time."""
         self._caution *= 2
-        return self._keep > 0
+        kept, self._keep = self._keep > 0, 0
+        return kept
 
     def watch(self, index: int, hidden_states: torch.Tensor) -> Callable[[list[torch.Tensor]], None] | None:
         """What is to be told the tensors that a recomputation of the layer makes; None where that is known."""
-        rows, length = (1, *hidden_states.shape[:-1])[-2:]
-        known = self._measured[index]
-        if (known is not None and length <= known.longest) or rows * length == 0:
+        layer, known = self._layers[index](), self._measured[index]
+        if layer is None or hidden_states.ndim != 3 or hidden_states.numel() == 0:
             return None
+        rows, length, _ = hidden_states.shape
+        if known is not None and length <= known.longest:
+            return None
+        versions = [buffer._version for buffer in layer.buffers()]
 
         def made(tensors: list[torch.Tensor]) -> None:
             layer = self._layers[index]()
-            if layer is None or not all(map(is_plain, tensors)):
+            if layer is None or not all(map(is_plain, tensors)) or not all(map(_has_storage, layer.parameters())):
+                return
+            # It writes to its buffers (running statistics), and in stock it does so twice.
+            if [buffer._version for buffer in layer.buffers()] != versions:
                 return
             with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters
                 own = {each.untyped_storage().data_ptr() for each in (*layer.parameters(), *layer.buffers())}
@@ -125,6 +137,11 @@ class Stack:
             self._measured[index] = _Measured(rows * length, length, size)
 
         return made
+
+
+def _has_storage(parameter: torch.Tensor) -> bool:
+    """Whether it is a tensor that lies somewhere, and not a wrapper of others."""
+    return is_plain(parameter) or type(parameter).__module__.partition(".")[0] == "bitsandbytes"
 
 
 # By layer: its stack, and its number there.

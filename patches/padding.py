@@ -210,6 +210,8 @@ def _computed(
         state.reason = str(error)
     except torch.OutOfMemoryError:
         tightened = kept_layers.tighten(backbone)
+        if state.graphs is not None:
+            state.graphs.forget()
         if not tightened and (len(together.micro_batches) == 1 or state.step is None):
             raise
         state.kept_per_token = state.kept_per_token and 2 * state.kept_per_token

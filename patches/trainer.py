@@ -104,8 +104,17 @@ def padding_conflict(trainer: Any, model: Any) -> str | None:
 
 
 def gathers_weights(trainer: Any) -> str | None:
-    """The kind of distributed training, where it makes weights whole as each pass comes to them."""
-    kind = str(getattr(trainer.accelerator.distributed_type, "value", trainer.accelerator.distributed_type))
+    """The kind of distributed training, where it makes weights whole as each pass comes to them.
+
+    Args:
+        trainer: None for a loop of the script's own, whose Accelerator is there already.
+    """
+    if trainer is None:
+        state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+        found = "NO" if state is None else state._shared_state.get("distributed_type", "NO")
+    else:
+        found = trainer.accelerator.distributed_type
+    kind = str(getattr(found, "value", found))
     return None if kind in {"NO", "MULTI_CPU", "MULTI_GPU"} else kind.lower()
 
 

@@ -16,6 +16,10 @@ Choice = Literal["auto", "as_is", "max_speed"]
 # layer being recomputed: see batching.py, which takes half), and for other processes.
 SHARE_OF_FREE_MEMORY: dict[str, float] = {"auto": 0.4, "max_speed": 0.8}
 
+# Of what the rest of a pass was measured to take, so much stays free beside the layers kept.
+MARGIN = 1.2
+_LEAST = 2**20
+
 _UNITS = {"": 1, "B": 1} | {
     f"{k}{b}": base**i for i, k in enumerate("KMGT", 1) for b, base in (("B", 1000), ("iB", 1024))
 }
@@ -25,21 +29,22 @@ def budget_bytes(budget: str | float, total: int) -> int:
     """A memory budget in bytes.
 
     Args:
-        budget: "8GiB", "800 MB", a number of bytes, or a share of the device's memory as a float up to 1.0.
+        budget: "8GiB", "800 MB", or a share of the device's memory: a number up to 1, as text too.
         total: bytes of the device's memory.
 
     Raises:
         ValueError: none of these.
     """
-    if isinstance(budget, float) and 0 < budget <= 1:
-        return int(budget * total)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(budget))
-    if isinstance(budget, bool) or match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise ValueError(
-            f"hf_turbo option memory_budget={budget!r}: a size such as '8GiB', or a share of the device's memory such "
-            "as 0.6"
-        )
-    return int(float(match[1]) * _UNITS[match[2]])
+    if not isinstance(budget, bool) and match is not None and match[2] in _UNITS:
+        number = float(match[1])
+        if 0 < number <= 1 and not match[2]:
+            return int(number * total)
+        if number * _UNITS[match[2]] >= _LEAST:
+            return int(number * _UNITS[match[2]])
+    raise ValueError(
+        f"hf_turbo option memory_budget={budget!r}: a size such as '8GiB', or a share of the device's memory, up to 1"
+    )
 
 
 def layers_to_keep(sizes: Sequence[float], room: float) -> int:

@@ -42,9 +42,9 @@ def test_memory():
 
 def test_memory_budget():
     assert TurboConfig().memory_budget is None
-    for value in ("8GiB", 0.6, 10**9):
+    for value in ("8GiB", 0.6, "0.6", 10**9):
         assert TurboConfig(memory_budget=value).memory_budget == value
-    for value in (True, False, "big", 0, -1, 0.0, []):
+    for value in (True, False, "big", 0, -1, 0.0, 100, []):
         with pytest.raises(ValueError, match=r"memory_budget=.*'8GiB'"):
             TurboConfig(memory_budget=value)
 

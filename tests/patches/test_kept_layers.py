@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_turbo.patches import checkpointing, device_memory, kept_layers
+from hf_turbo.patches import checkpointing, device_memory, host_memory, kept_layers
 from hf_turbo.patches.kept_layers import Stack
 
 import hf_turbo
@@ -19,6 +19,7 @@ from tests.models import batch, loss_and_gradients, switched_off, tiny_model
 LAYERS = 5
 OPTIONS = switched_off("checkpointing", "memory")
 CPU = torch.device("cpu")
+MIB = 2**20
 
 
 def checkpointed(family: str = "llama", reentrant: bool = False, **changes: Any) -> Any:
@@ -153,28 +154,125 @@ def test_less_after_memory_ran_out(plan):
     assert stack.keeps_all
     assert stack.kept_bytes == 2048
     assert stack.tighten()
+    assert not stack.tighten()  # nothing was planned since
     stack.begin(8, 8, CPU)
-    assert plan.asked[-1][0] == [2048] * 2
+    assert plan.asked[-1][0] == [4096] * 2
     assert stack.kept_bytes == 2048  # what it truly is
 
 
 def test_what_else_a_pass_takes(plan, monkeypatch):
-    """At most: the peak beyond what was there before and what was kept."""
+    """The peak beyond what was there before and what was kept; of fewer tokens as much, of more in proportion."""
     stack, layers = _stack(plan)
     numbers = SimpleNamespace(allocated=1000, peak=5000)
     monkeypatch.setattr(device_memory, "allocated", lambda device: numbers.allocated)
     monkeypatch.setattr(device_memory, "peak_allocated", lambda device: numbers.peak)
     _measure(stack, layers, rows=1, length=10, nbytes=100)
+    stack.begin(0, 0, CPU)
     stack.begin(10, 10, CPU)
     assert plan.asked[-1][1] is None
     stack.begin(20, 20, CPU)
-    assert plan.asked[-1][1] == (5000 - 1000) / 10 * 20  # an upper bound: the peak may be an older one
+    assert plan.asked[-1][1] == (5000 - 1000) * 2  # an upper bound: the peak may be an older one
     numbers.peak, plan.keep = 21000, 2
     stack.begin(10, 10, CPU)
-    assert plan.asked[-1][1] == (21000 - 1000) / 20 * 10
+    assert plan.asked[-1][1] == 21000 - 1000
     numbers.peak = 30200
     stack.begin(10, 10, CPU)
     assert plan.asked[-1][1] == 30200 - 1000 - 200
+
+
+def test_other_shapes_are_recomputed(plan):
+    stack, layers = _stack(plan)
+    _measure(stack, layers, rows=1, length=8, nbytes=64)
+    plan.keep = 2
+    for shape in [(8,), (8, 4), (2, 8, 8, 4)]:
+        assert not stack.keeps(0, torch.zeros(shape))
+        assert stack.watch(0, torch.zeros(shape)) is None
+    assert stack.keeps(0, torch.zeros(1, 8, 4))
+
+
+def test_layers_that_write_to_their_buffers(plan):
+    """Stock updates running statistics twice, and so must we."""
+    model, twin = (checkpointed() for _ in range(2))
+    for each in (model, twin):
+        each.model.layers[1].mlp.act_fn = torch.nn.Sequential(_Norm(), torch.nn.SiLU())
+    plan.keep = LAYERS
+    patch(model)
+    for _ in range(3):
+        results(model)
+    hf_turbo.disable()
+    for _ in range(3):
+        results(twin)
+    ours, stock = (dict(each.named_buffers()) for each in (model, twin))
+    assert ours.keys() == stock.keys()
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
+    assert any("num_batches_tracked" in name for name in stock)
+    assert plan.asked == []
+
+
+class _Norm(torch.nn.BatchNorm1d):
+    def __init__(self) -> None:
+        super().__init__(80)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.flatten(0, 1)).view_as(x)
+
+
+def test_weights_that_are_wrappers(plan):
+    """Of a layer with such weights nothing is measured, and nothing fails."""
+
+    class Wrapper(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError(function)
+
+    layer = torch.nn.Linear(2, 2)
+    layer._parameters["weight"] = torch.Tensor._make_wrapper_subclass(Wrapper, (2, 2))
+    with pytest.raises(RuntimeError):
+        layer.weight.untyped_storage().data_ptr()
+    stack = Stack([layer], lambda sizes, rest, device: 1)
+    watch = stack.watch(0, torch.zeros(1, 8, 4))
+    assert watch is not None
+    watch([torch.zeros(4)])
+    stack.begin(8, 8, CPU)
+    assert not stack.keeps_all
+
+
+def test_random_numbers_that_are_not_preserved(plan):
+    """Stock draws new ones when it recomputes."""
+    model, twin = (tiny_model("llama", num_hidden_layers=LAYERS, attention_dropout=0.3) for _ in range(2))
+    plan.keep = LAYERS
+    for each in (model, twin):
+        enable = getattr(each, "activation_checkpointing_enable", None) or each.gradient_checkpointing_enable
+        enable({"use_reentrant": False, "preserve_rng_state": False})
+    patch(model)
+    ours = [results(model) for _ in range(3)]
+    hf_turbo.disable()
+    for one, other in zip(ours, [results(twin) for _ in range(3)], strict=True):
+        assert_same(one, other)
+
+
+def test_memory_that_does_not_suffice_without_keeping(plan, monkeypatch):
+    """The error of stock, after few attempts."""
+    model = checkpointed()
+    inputs = batch()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, -3:] = 0
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    patch(model, padding=True)
+    plan.keep = LAYERS
+    results(model, **inputs)
+    results(model, **inputs)
+    attempts = []
+
+    def fails(self, *args, **kwargs):
+        attempts.append(self)
+        raise torch.OutOfMemoryError("for the test")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(type(model.model.embed_tokens), "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        results(model, **inputs)
+    assert len(attempts) == 2
 
 
 def test_as_is(plan):
@@ -200,6 +298,18 @@ def test_evaluation_and_generation_plan_nothing(plan):
     with torch.no_grad():
         model(**batch())
     assert plan.asked == []
+
+
+def test_hooks_of_the_script_see_what_they_would_in_stock(plan):
+    """Activation offloading, say: the layers' inputs, and not all that they save."""
+    model = checkpointed()
+    patch(model)
+    results(model)
+    plan.keep = LAYERS
+    runs = count_runs(model)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        results(model)
+    assert runs == [2] * LAYERS
 
 
 def test_reverted(plan):
@@ -294,10 +404,11 @@ def _measure(stack: Stack, layers: list[torch.nn.Module], rows: int, length: int
         ("8GiB", 8 * 2**30),
         ("8 GB", 8 * 10**9),
         ("1.5MiB", 3 * 2**19),
-        ("100", 100),
-        (4096, 4096),
+        (2**30, 2**30),
         (0.6, 600),
+        ("0.6", 600),
         (1.0, 1000),
+        (1, 1000),
         ("2TiB", 2**41),
     ],
 )
@@ -305,7 +416,9 @@ def test_budgets(budget, expected):
     assert memory.budget_bytes(budget, 1000) == expected
 
 
-@pytest.mark.parametrize("budget", ["8 gigs", "", "GiB", "-1GiB", 0, -5, 0.0, True, "0GiB", None, [1]])
+@pytest.mark.parametrize(
+    "budget", ["8 gigs", "", "GiB", "-1GiB", 0, -5, 0.0, 1.5, 4096, "100", "3B", True, "0GiB", None, [1]]
+)
 def test_no_budgets(budget):
     with pytest.raises(ValueError, match="memory_budget="):
         memory.budget_bytes(budget, 1000)
@@ -328,23 +441,37 @@ def test_layers_that_fit(sizes, room, expected):
 
 
 def test_free_memory_and_budget(monkeypatch):
-    """A share of what is free; with a budget, no more than it leaves, once it is known what else a pass takes."""
-    numbers = SimpleNamespace(free=1000, allocated=None)
+    """A share of what is free, but not what else a pass takes; with a budget, no more than that leaves."""
+    numbers = SimpleNamespace(free=1000 * MIB, allocated=400 * MIB)
     monkeypatch.setattr(device_memory, "free", lambda device: numbers.free)
     monkeypatch.setattr(device_memory, "allocated", lambda device: numbers.allocated)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10_000))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=10_000 * MIB))
 
     def keep(rest: float | None = None, **options: Any) -> int:
         activation = _Activation(hf_turbo.TurboConfig(**options), hf_turbo.report())
-        return activation._memory_plan()([10.0] * 100, rest, CPU)
+        return activation._memory_plan()([10.0 * MIB] * 100, rest and rest * MIB, CPU)
 
-    assert (keep(), keep(memory="max_speed"), keep(memory="as_is")) == (40, 80, 0)
-    numbers.allocated = 400
-    assert keep(memory_budget="800") == 0
-    assert keep(rest=150.0, memory_budget="800") == 25
-    assert keep(rest=150.0, memory_budget=0.08) == 25
-    assert keep(rest=500.0, memory_budget="800") == 0
-    assert keep(rest=150.0, memory_budget="100GiB") == 40
+    assert keep() == 0  # nothing is known yet
+    assert (keep(100.0), keep(100.0, memory="max_speed"), keep(100.0, memory="as_is")) == (40, 80, 0)
+    assert (keep(750.0), keep(750.0, memory="max_speed"), keep(900.0)) == (10, 10, 0)
+    assert keep(memory_budget="800MiB") == 0
+    assert keep(150.0, memory_budget="800MiB") == 25
+    assert keep(150.0, memory_budget=0.08) == 25
+    assert keep(500.0, memory_budget="800MiB") == 0
+    assert keep(150.0, memory_budget="100GiB") == 40
+
+
+def test_free_memory_of_the_host(monkeypatch):
+    """Which training processes share."""
+    monkeypatch.setattr(host_memory, "available", lambda: 1000)
+
+    def keep(**options: Any) -> int:
+        activation = _Activation(hf_turbo.TurboConfig(**options), hf_turbo.report())
+        return activation._memory_plan()([10.0] * 100, None, CPU)
+
+    assert (keep(), keep(memory="max_speed"), keep(memory_budget="8GiB")) == (40, 80, 0)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert keep() == 10
 
 
 def test_of_a_model(plan):

@@ -18,7 +18,7 @@ import pickle
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ from hf_turbo.patches.engine import forward_of, is_swapped
 from torch import nn
 
 import hf_turbo
-from tests.models import Float64Mode, batch, quantised, tiny_model, with_dense_weights
+from tests.models import Float64Mode, batch, quantised, switched_off, tiny_model, with_dense_weights
 from tests.patches.test_parity import UNIT_ROUNDOFF, Errors, assert_rule, squared_errors
 
 peft = pytest.importorskip("peft")
@@ -56,8 +56,7 @@ def one_thread() -> Iterator[None]:
 @contextlib.contextmanager
 def turbo(model: nn.Module, **options: Any) -> Iterator[Any]:
     """LoRA layers and gated MLPs patched, and nothing else."""
-    others = {each.name: False for each in fields(hf_turbo.TurboConfig) if each.default == "auto"}
-    report = hf_turbo.patch_model(model, **{**others, "lora": "auto", "mlp": "auto", **options})
+    report = hf_turbo.patch_model(model, **{**switched_off("lora", "mlp"), **options})
     del model  # a test may want to see it go
     try:
         yield report

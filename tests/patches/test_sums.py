@@ -7,6 +7,9 @@ import torch
 from hf_turbo.patches import lora
 from hf_turbo.patches.sums import FULL_SUMS
 
+import hf_turbo
+from hf_turbo import lifecycle
+
 MATMUL = torch.backends.cuda.matmul
 FP16, BF16 = "allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction"
 
@@ -46,6 +49,19 @@ def test_what_is_set_meanwhile_is_left_alone():
     FULL_SUMS.apply()
     setattr(MATMUL, FP16, True)
     assert not FULL_SUMS.revert()
+    assert flags() == (True, True)
+
+
+def test_one_of_two_models_goes_back_to_stock():
+    peft = pytest.importorskip("peft")
+    models = [torch.nn.ModuleDict({"linear": torch.nn.Linear(2, 2)}) for _ in range(2)]
+    models = [peft.get_peft_model(model, peft.LoraConfig(target_modules=["linear"])) for model in models]
+    for model in models:
+        hf_turbo.patch_model(model, lora=True)
+    activation = lifecycle._STATE.enabled
+    activation._apply(models[0], "Model", "lora", lora.find(models[0]), "a reason")
+    assert flags() == (False, False)
+    hf_turbo.disable()
     assert flags() == (True, True)
 
 
