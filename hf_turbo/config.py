@@ -11,6 +11,12 @@ from .policies.memory import Choice as Memory
 from .policies.memory import budget_bytes
 
 Choice = bool | Literal["auto"]
+# What a field may be, by its annotation.
+_VALID: dict[Any, tuple[Any, ...]] = {
+    "bool": (True, False),
+    "Choice": (True, False, "auto"),
+    "Memory": get_args(Memory),
+}
 
 
 @dataclass(frozen=True)
@@ -88,13 +94,7 @@ class TurboConfig:
                 if value is not None:
                     budget_bytes(value, 1)
                 continue
-            if field.name == "memory":
-                if value not in get_args(Memory):
-                    raise ValueError(
-                        f"hf_turbo option memory={value!r}: choose one of {', '.join(map(repr, get_args(Memory)))}"
-                    )
-                continue
-            valid = (True, False) if field.type == "bool" else (True, False, "auto")
+            valid = _VALID[field.type]
             if not any(value is choice or (isinstance(value, str) and value == choice) for choice in valid):
                 raise ValueError(f"hf_turbo option {field.name}={value!r}: choose one of {', '.join(map(repr, valid))}")
 

@@ -189,8 +189,7 @@ class _Activation:
         def plan(sizes: list[float], rest: float | None, device: torch.device) -> int:
             free, allocated = device_memory.free(device), device_memory.allocated(device)
             if free is None or allocated is None:  # a CPU, which other processes train on, too
-                processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-                room = 0.0 if budget is not None else share * host_memory.available() / processes
+                room = 0.0 if budget is not None else share * host_memory.available() / _processes_on_host()
             elif rest is None:
                 room = 0.0
             else:
@@ -223,8 +222,7 @@ class _Activation:
             return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
 
         def find() -> Finding:
-            processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-            budget = host_budget(host_memory.available(), processes)
+            budget = host_budget(host_memory.available(), _processes_on_host())
             return checkpointing.find_offload(model, asked=asked, why_not=why_not, budget=budget)
 
         conflict = None if can_copy else f"nothing to offload from: training on {device.type}"
@@ -303,6 +301,11 @@ class _Activation:
                 self._patches.remove(patch)
             _revert(earlier, self.report)
         return Row(model_name, role, finding.found, patched, finding.kernel, finding.exactness.value, reason)
+
+
+def _processes_on_host() -> int:
+    """Training processes that share this host's memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 class _State:

@@ -190,18 +190,15 @@ class _Keeps(Patch):
     id = "memory:stack"
 
     def __init__(self, layers: list[nn.Module], plan: kept_layers.Plan):
-        self._layers = weakref.WeakSet(layers)
-        self._stack: kept_layers.Stack | None = kept_layers.Stack(layers, plan)
-        self._places = {id(layer): place for place, layer in enumerate(layers)}
+        self._places = weakref.WeakKeyDictionary({layer: place for place, layer in enumerate(layers)})
+        self._stack = kept_layers.Stack(layers, plan)
 
     def apply(self) -> None:
-        assert self._stack is not None
-        for layer in self._layers:
-            kept_layers.PLACES[layer] = self._stack, self._places[id(layer)]
-        self._stack = None
+        for layer, place in self._places.items():
+            kept_layers.PLACES[layer] = self._stack, place
 
     def revert(self) -> bool:
-        for layer in self._layers:
+        for layer in self._places:
             kept_layers.PLACES.pop(layer, None)
         return True
 

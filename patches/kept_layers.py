@@ -35,7 +35,7 @@ class Stack:
     """Layers that run one after another, and the plan of their present pass.
 
     Attributes:
-        passes: that were planned. kept: layers kept in all of them. recomputed: those that were not.
+        passes: that were planned. kept: layers kept in all of them.
         kept_bytes: that the present pass keeps in this way, as far as measured.
     """
 

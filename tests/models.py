@@ -174,3 +174,11 @@ def switched_off(*but: str) -> dict[str, bool | str]:
     switches = [field.name for field in fields(TurboConfig) if isinstance(field.default, (bool, str))]
     off: dict[str, bool | str] = {**dict.fromkeys(switches, False), "memory": "as_is"}
     return {name: value for name, value in off.items() if name not in but}
+
+
+def switch_on(model: Any, reentrant: bool = False, settings: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    """The model with gradient checkpointing; `settings` are torch's, and the rest is transformers'."""
+    # Renamed after transformers 5.17.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant, **(settings or {})}, **kwargs)
+    return model

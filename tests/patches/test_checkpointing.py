@@ -24,7 +24,7 @@ from hf_turbo.patches.host_memory import Saved
 from torch import nn
 
 import hf_turbo
-from tests.models import batch, loss_and_gradients, switched_off, tiny_model
+from tests.models import batch, loss_and_gradients, switch_on, switched_off, tiny_model
 from tests.patches.late_copies import LateCopies
 
 LAYERS = 5
@@ -43,12 +43,6 @@ def copies(monkeypatch, request) -> Iterator[LateCopies]:
     hf_turbo.disable()
     gc.collect()
     copies.settle()
-
-
-def switch_on(model: Any, reentrant: bool = False, **kwargs: Any) -> Any:
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant}, **kwargs)
-    return model
 
 
 def switch_off(model: Any) -> None:

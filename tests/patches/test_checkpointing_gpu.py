@@ -14,7 +14,7 @@ from hf_turbo.patches.host_memory import STAYING, CudaCopies, HostStore
 from torch.autograd import DeviceType
 
 import hf_turbo
-from tests.models import VOCABULARY, switched_off, tiny_model
+from tests.models import VOCABULARY, switch_on, switched_off, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,9 +35,7 @@ def llama(hidden_size: int, layers: int, reentrant: bool = False, **changes: Any
     heads = {"num_attention_heads": hidden_size // 64, "num_key_value_heads": hidden_size // 256, "head_dim": 64}
     with torch.device("cuda"):
         model = tiny_model("llama", torch.bfloat16, **{**sizes, **heads, "max_position_embeddings": 8192, **changes})
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    return model
+    return switch_on(model, reentrant)
 
 
 def tokens(rows: int, length: int) -> dict[str, torch.Tensor]:

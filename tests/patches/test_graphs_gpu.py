@@ -11,7 +11,7 @@ import torch
 from hf_turbo.patches import graphs, padding
 
 import hf_turbo
-from tests.models import VOCABULARY, reference64, tiny_model
+from tests.models import VOCABULARY, reference64, switch_on, tiny_model
 from tests.patches.test_padding import error_of, state_of
 
 pytest.importorskip("peft")
@@ -36,8 +36,7 @@ def adapted(family: str, dtype: torch.dtype, checkpointing: bool) -> Any:
     if checkpointing:
         inner = model.get_base_model()
         inner.enable_input_require_grads()
-        enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        switch_on(inner)
     return model.train()
 
 

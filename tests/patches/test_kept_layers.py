@@ -14,7 +14,7 @@ from hf_turbo.patches.kept_layers import Stack
 import hf_turbo
 from hf_turbo.lifecycle import _Activation
 from hf_turbo.policies import memory
-from tests.models import batch, loss_and_gradients, switched_off, tiny_model
+from tests.models import batch, loss_and_gradients, switch_on, switched_off, tiny_model
 
 LAYERS = 5
 OPTIONS = switched_off("checkpointing", "memory")
@@ -23,10 +23,7 @@ MIB = 2**20
 
 
 def checkpointed(family: str = "llama", reentrant: bool = False, **changes: Any) -> Any:
-    model = tiny_model(family, **{"num_hidden_layers": LAYERS, **changes})
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
-    return model
+    return switch_on(tiny_model(family, **{"num_hidden_layers": LAYERS, **changes}), reentrant)
 
 
 @pytest.fixture
@@ -59,10 +56,10 @@ def count_runs(model: Any) -> list[int]:
     return runs
 
 
-def results(model: Any, **inputs: Any) -> list[torch.Tensor]:
-    """Loss, gradients, and the random numbers drawn after it all."""
+def results(model: Any) -> list[torch.Tensor]:
+    """Loss, gradients, and the random numbers drawn after it all; the batch has padding."""
     torch.manual_seed(1)
-    loss, gradients = loss_and_gradients(model, {**batch(), **inputs})
+    loss, gradients = loss_and_gradients(model, batch())
     return [loss, *(gradient.clone() for gradient in gradients.values()), torch.rand(3)]
 
 
@@ -242,8 +239,7 @@ def test_random_numbers_that_are_not_preserved(plan):
     model, twin = (tiny_model("llama", num_hidden_layers=LAYERS, attention_dropout=0.3) for _ in range(2))
     plan.keep = LAYERS
     for each in (model, twin):
-        enable = getattr(each, "activation_checkpointing_enable", None) or each.gradient_checkpointing_enable
-        enable({"use_reentrant": False, "preserve_rng_state": False})
+        switch_on(each, settings={"preserve_rng_state": False})
     patch(model)
     ours = [results(model) for _ in range(3)]
     hf_turbo.disable()
@@ -254,14 +250,10 @@ def test_random_numbers_that_are_not_preserved(plan):
 def test_memory_that_does_not_suffice_without_keeping(plan, monkeypatch):
     """The error of stock, after few attempts."""
     model = checkpointed()
-    inputs = batch()
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["attention_mask"][0, -3:] = 0
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     patch(model, padding=True)
     plan.keep = LAYERS
-    results(model, **inputs)
-    results(model, **inputs)
+    results(model)
+    results(model)
     attempts = []
 
     def fails(self, *args, **kwargs):
@@ -271,7 +263,7 @@ def test_memory_that_does_not_suffice_without_keeping(plan, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(type(model.model.embed_tokens), "forward", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        results(model, **inputs)
+        results(model)
     assert len(attempts) == 2
 
 
@@ -337,29 +329,19 @@ def test_nothing_keeps_the_model_alive(plan):
 
 
 def test_every_second_layer(plan):
-    import inspect
-
-    model = tiny_model("llama", num_hidden_layers=4)
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    if enable is None or "every_n_layers" not in inspect.signature(enable).parameters:
-        pytest.skip("this transformers checkpoints all layers")
-    enable({"use_reentrant": False}, every_n_layers=2)
+    model = switch_on(tiny_model("llama", num_hidden_layers=LAYERS), every_n_layers=2)
     stock = results(model)
     patch(model)
-    for plan.keep in (0, 1, 4):
+    for plan.keep in (0, 1, LAYERS):
         assert_same(results(model), stock)
 
 
 def test_memory_runs_out(plan, monkeypatch):
     """In a backbone that computes no padding: the pass is made again with less kept."""
     model = checkpointed()
-    inputs = batch()
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["attention_mask"][0, -3:] = 0
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-    stock = results(model, **inputs)
+    stock = results(model)
     patch(model, padding=True)
-    results(model, **inputs)
+    results(model)
     plan.keep = LAYERS
     forward, runs = type(model.model.layers[0].mlp).forward, []
 
@@ -372,7 +354,7 @@ def test_memory_runs_out(plan, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(type(model.model.layers[0].mlp), "forward", fails_once)
-    ours = results(model, **inputs)
+    ours = results(model)
     assert len(runs) == 4 + 2 * LAYERS
     for one, other in zip(ours, stock, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

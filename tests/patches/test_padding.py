@@ -12,7 +12,7 @@ from hf_turbo.patches import micro_batches, padding, varlen
 from torch import nn
 
 import hf_turbo
-from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, switched_off, tiny_model
+from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, switch_on, switched_off, tiny_model
 
 OTHERS = switched_off("padding")
 LENGTHS = (17, 30, 30, 4)
@@ -104,8 +104,7 @@ def test_in_16_bits(family, dtype):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_checkpointing(reentrant):
     model = tiny_model("llama", num_hidden_layers=3)
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    switch_on(model, reentrant)
     check(model, padded(), tiny_model("llama", num_hidden_layers=3), checkpointing="auto")
 
 
@@ -385,8 +384,7 @@ def test_the_first_token_behind_left_padding():
 def test_switched_off_between_forward_and_recomputation():
     """An error, and not attention of all tokens to all: the layers hold on to a mask that stock cannot use."""
     model = tiny_model("llama")
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    switch_on(model)
     patch(model)
     loss = model(**padded()).loss
     hf_turbo.disable()

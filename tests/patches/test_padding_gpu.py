@@ -10,7 +10,7 @@ import torch
 from hf_turbo.patches import padding
 
 import hf_turbo
-from tests.models import reference64, switched_off, tiny_model
+from tests.models import reference64, switch_on, switched_off, tiny_model
 from tests.patches.test_padding import error_of, packed, padded, relabelled, results, state_of
 
 pytestmark = [
@@ -47,8 +47,7 @@ def test_as_exact_as_stock(family, dtype, make, checkpointing):
     model = tiny_model(family).to("cuda", dtype)
     batches, exact = drawn(model, make(), 8)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        switch_on(model)
     stock = [results(model, each) for each in batches]
     hf_turbo.patch_model(model, **{**switched_off("padding"), "padding": True})
     ours = [results(model, each) for each in batches]
