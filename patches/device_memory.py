@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
+
+_HELD: weakref.WeakSet[Held] = weakref.WeakSet()
+
+
+class Held:
+    """Memory of a device that torch counts as unused, while nobody else may have it: that of recordings.
+
+    Attributes:
+        bytes: for as long as this object lives.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+        _HELD.add(self)
 
 
 def allocated(device: torch.device) -> int | None:
@@ -17,7 +33,13 @@ def free(device: torch.device) -> int | None:
     reserved, allocated = _statistic(device, "reserved_bytes"), _statistic(device, "allocated_bytes")
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device)
-    return min(free + reserved - allocated, int(share * total) - allocated)  # type: ignore[operator]
+    held = sum(each.bytes for each in _HELD if each.device == device)
+    return min(free + reserved, int(share * total)) - allocated - held  # type: ignore[operator]
+
+
+def unreserved(device: torch.device) -> int:
+    """Bytes that the driver can still give; 0 where there is no driver to ask."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def peak_allocated(device: torch.device) -> int | None:

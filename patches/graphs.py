@@ -30,11 +30,12 @@ from .padding_conflicts import dropouts
 
 # Gradients of a pass are copied out of the recording: no matter for adapters, but not for a whole model.
 MOST_TRAINED_BYTES = 2**30
-# Sizes per power of two; a pass is filled up by a tenth on average.
+# Sizes per power of two, while the host takes longer than the GPU: a pass is filled up by a tenth on average. Above
+# 2,048 tokens the GPU pays for every token of filling, and there is a size for every 256.
 SIZES_PER_OCTAVE = 4
-SMALLEST = 256
+SMALLEST = COARSEST = 256
 DOCUMENTS = 16  # their number is rounded up to a multiple
-MOST_RECORDINGS = 32
+MOST_RECORDINGS = 48
 # What a recording needs beside what forward keeps: gradients, a layer's intermediate results, and room to spare.
 MEMORY_OVER_KEPT = 3.0
 # Where the layers' inputs go to host memory, recording keeps them on the device. That is no matter for few tokens, nor
@@ -78,7 +79,7 @@ def size_of(lengths: list[int]) -> Size:
     tokens, longest = sum(lengths), max(lengths)
     if len(set(lengths)) == 1 and tokens % GRAIN["cuda"] == 0:
         return Size(tokens, 0, longest)
-    step = max(SMALLEST, 1 << (tokens - 1).bit_length()) // (2 * SIZES_PER_OCTAVE)
+    step = min(max(SMALLEST, 1 << (tokens - 1).bit_length()) // (2 * SIZES_PER_OCTAVE), COARSEST)
     filled = max(-(-tokens // step) * step, SMALLEST)
     longest = max(longest, filled - tokens)
     bound = next(share for share in (filled // 4, filled // 2, filled) if longest <= share)
@@ -261,9 +262,16 @@ class Graphs:
         """Drops all recordings and frees their memory."""
         self._recordings: dict[tuple[Size, Any], _Recording] = {}
         self._seen: Counter[tuple[Size, Any]] = Counter()
+        self._computed: set[tuple[Size, Any]] = set()
         self._rests_on: _RestsOn | None = None
         self._buffers: _Buffers | None = None
         self._token: weakref.ref[_Token] | None = None
+        self._held: device_memory.Held | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        """Of device memory, for all recordings."""
+        return 0 if self._held is None else self._held.bytes
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -297,10 +305,10 @@ class Graphs:
             return None
         lengths = [length for each in of.micro_batches for length in each.lengths]
         key = size_of(lengths), (_state_of(of.device), tuple(sorted(rest.items())))
-        found = next((each for each in self._recordings if each[1] == key[1] and each[0].holds(lengths)), key)
+        found = self._found(key, lengths)
         of.fill_to(found[0].tokens)
-        if found not in self._recordings and (self._seen[key] == 0 or len(self) == MOST_RECORDINGS):
-            self._seen[key] += 1  # computed, at the size to be recorded: kernels are loaded and memory is known
+        if found not in self._recordings and (key not in self._computed or len(self) == MOST_RECORDINGS):
+            self._computed.add(key)  # at the size to be recorded: kernels are loaded and memory is known
             return None
         if self._is_busy():
             return None
@@ -329,6 +337,14 @@ class Graphs:
         self._token = weakref.ref(token)
         self.replays += 1
         return output
+
+    def _found(self, key: tuple[Size, Any], lengths: list[int]) -> tuple[Size, Any]:
+        """The recording that serves these lengths: one of their own size, once it came again and again."""
+        self._seen[key] += 1
+        serving = [each for each in self._recordings if each[1] == key[1] and each[0].holds(lengths)]
+        smallest = min(serving, key=lambda each: each[0].tokens, default=key)
+        has_room = self._seen[key] > 1 and len(self) < MOST_RECORDINGS
+        return key if smallest[0].tokens > key[0].tokens and has_room else smallest
 
     def _offloads(self) -> bool:
         """Whether inputs of layers wait in host memory: of those that are recomputed."""
@@ -361,13 +377,20 @@ class Graphs:
         if self._buffers is None:
             trained = [each for each in backbone.parameters() if each.requires_grad]  # type: ignore[union-attr]
             self._buffers = _Buffers(trained, self._template)
+        if self._held is None:
+            self._held = device_memory.Held(device)
         cached = torch.is_autocast_cache_enabled()
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)
+        torch.cuda.empty_cache()  # as recording does, too: what is gone afterwards is the recording's
+        before = device_memory.unreserved(device)
         try:
-            return _Recording(
+            recording = _Recording(
                 lambda **each: run(self._backbone(), **each), arguments, size, self._buffers, self._record
             )
+            torch.cuda.empty_cache()
+            self._held.bytes += max(before - device_memory.unreserved(device), 0)
+            return recording
         except Exception as error:  # whatever cannot be recorded is computed, and the report says why
             self.forget()
             lines = str(error).splitlines()

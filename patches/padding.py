@@ -469,4 +469,5 @@ def _about_recordings(state: _State) -> str:
         return ""
     if state.graphs.reason:
         return f"passes are not recorded: {state.graphs.reason}"
-    return f"{state.graphs.replays:,} of {state.passes:,} passes by {len(state.graphs)} CUDA graphs"
+    held = f" ({state.graphs.held_bytes / 2**30:.1f} GiB)" if state.graphs.held_bytes else ""
+    return f"{state.graphs.replays:,} of {state.passes:,} passes by {len(state.graphs)} CUDA graphs{held}"
