@@ -30,16 +30,15 @@ def free(device: torch.device) -> int | None:
     """Bytes that the driver can still give, and those that torch holds unused; None if unknown."""
     if device.type != "cuda":
         return None
-    reserved, allocated = _statistic(device, "reserved_bytes"), _statistic(device, "allocated_bytes")
     free, total = torch.cuda.mem_get_info(device)
     share = torch.cuda.get_per_process_memory_fraction(device)
     held = sum(each.bytes for each in _HELD if each.device == device)
-    return min(free + reserved, int(share * total)) - allocated - held  # type: ignore[operator]
+    return min(free + reserved(device), int(share * total)) - allocated(device) - held  # type: ignore[operator]
 
 
-def unreserved(device: torch.device) -> int:
-    """Bytes that the driver can still give; 0 where there is no driver to ask."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+def reserved(device: torch.device) -> int | None:
+    """Bytes that torch has from the driver, used or not; None where the device does not say."""
+    return _statistic(device, "reserved_bytes")
 
 
 def peak_allocated(device: torch.device) -> int | None:

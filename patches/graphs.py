@@ -13,6 +13,8 @@ is why a pass whose backward has not come yet keeps others from replaying: they 
 from __future__ import annotations
 
 import copy
+import math
+import time
 import warnings
 import weakref
 from collections import Counter
@@ -256,6 +258,7 @@ class Graphs:
         self._record: Record | None = None
         self._template: Any = None
         self._is_rehearsed = False
+        self._race = Race()
         self.forget()
 
     def forget(self) -> None:
@@ -301,6 +304,7 @@ class Graphs:
             or kwargs.get("inputs_embeds") is not None
             or (self._offloads() and of.tokens > max(FEW_TOKENS, SHARE_OF_STOCK * worst))
             or not _is_recordable(rest)
+            or self._race.is_won_by_host(of.tokens)
         ):
             return None
         lengths = [length for each in of.micro_batches for length in each.lengths]
@@ -383,13 +387,13 @@ class Graphs:
         torch.clear_autocast_cache()
         torch.set_autocast_cache_enabled(False)
         torch.cuda.empty_cache()  # as recording does, too: what is gone afterwards is the recording's
-        before = device_memory.unreserved(device)
+        before = device_memory.reserved(device)
         try:
             recording = _Recording(
                 lambda **each: run(self._backbone(), **each), arguments, size, self._buffers, self._record
             )
             torch.cuda.empty_cache()
-            self._held.bytes += max(before - device_memory.unreserved(device), 0)
+            self._held.bytes += max((device_memory.reserved(device) or 0) - (before or 0), 0)
             return recording
         except Exception as error:  # whatever cannot be recorded is computed, and the report says why
             self.forget()
@@ -400,8 +404,14 @@ class Graphs:
             torch.set_autocast_cache_enabled(cached)
 
     @contextmanager
-    def rehearsal(self, device: torch.device) -> Iterator[None]:
-        """Around a computed forward: whether it waits for the device. Torch does not get over a recording that fails.
+    def observed(self, tokens: int, device: torch.device) -> Iterator[None]:
+        """Around a computed forward: what it tells of those to be recorded."""
+        with self._rehearsed(device), self._race.observed(tokens, device):
+            yield
+
+    @contextmanager
+    def _rehearsed(self, device: torch.device) -> Iterator[None]:
+        """Whether a forward waits for the device. Torch does not get over a recording that fails.
 
         The first forward of all may wait, where things are looked at once; so it is the second that is watched.
         """
@@ -431,6 +441,53 @@ class Graphs:
         if self._template is None:
             self._template = copy.copy(output)
             self._template.last_hidden_state = output.last_hidden_state.detach()[:, :1].clone()
+
+
+class Race:
+    """Between the host that launches a forward and the GPU that computes it: where the GPU is last, launching does not
+    matter, and a recording would only add its filling and hold memory.
+
+    Both are the least that was seen. A host that compiles, or that waits because the GPU has enough to do, takes longer
+    than it needs; and a GPU that waits for the host, too.
+    """
+
+    def __init__(self) -> None:
+        self._host_seconds = math.inf
+        self._seconds_per_token = math.inf
+        self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def note(self, tokens: int, device_seconds: float) -> None:
+        """What the GPU took."""
+        self._seconds_per_token = min(self._seconds_per_token, device_seconds / tokens)
+
+    def note_host(self, seconds: float) -> None:
+        self._host_seconds = min(self._host_seconds, seconds)
+
+    def is_won_by_host(self, tokens: int) -> bool:
+        """Whether the GPU would be last with a forward of so many tokens, without waiting for it to be asked."""
+        running, self._running = self._running, []
+        for each in running:
+            count, start, end = each
+            if end.query():
+                self.note(count, start.elapsed_time(end) / 1e3)
+            else:
+                self._running.append(each)
+        return self._host_seconds < tokens * self._seconds_per_token < math.inf
+
+    @contextmanager
+    def observed(self, tokens: int, device: torch.device) -> Iterator[None]:
+        """Around a forward of so many tokens."""
+        if device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.current_stream(device)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record(stream)
+        began = time.perf_counter()
+        yield
+        self.note_host(time.perf_counter() - began)
+        end.record(stream)
+        self._running.append((tokens, start, end))
 
 
 class _RestsOn:

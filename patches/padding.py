@@ -247,7 +247,7 @@ def _run(
     arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     before = device_memory.allocated(device) if state.measured < _MEASURED_PASSES else None
     random = random_states(device) if state.graphs is not None else []
-    with nullcontext() if state.graphs is None else state.graphs.rehearsal(device):
+    with nullcontext() if state.graphs is None else state.graphs.observed(sum(lengths), device):
         output = stock(backbone, **arguments)
     layers = len(backbone.layers)
     if not state.tried and documents.calls != layers:

@@ -313,3 +313,23 @@ def test_filling_that_is_longer_than_any_document():
     recorded = graphs.Size(3584, 16, 896)
     assert recorded.holds([400] * 7 + [300])
     assert not recorded.holds([320] * 7 + [334])
+
+
+def test_passes_in_which_the_device_is_last_are_not_recorded(monkeypatch, served, tmp_path):
+    monkeypatch.setattr(graphs.Race, "is_won_by_host", lambda self, tokens: tokens > 0)
+    compare(make_sft, tmp_path, graphs=True)
+    assert served
+    assert not any(served)
+
+
+def test_the_race_of_host_and_device():
+    """The least of each counts: a host that compiles or waits, and a device that waits, take longer than they need."""
+    race = graphs.Race()
+    assert not race.is_won_by_host(10**6)
+    for seconds in (8.0, 0.05, 0.3):
+        race.note_host(seconds)
+    assert not race.is_won_by_host(10**6)
+    for tokens, seconds in ((100, 0.05), (1000, 0.05), (4000, 0.1), (4000, 0.4)):
+        race.note(tokens, seconds)
+    assert not race.is_won_by_host(1999)
+    assert race.is_won_by_host(2001)
