@@ -437,8 +437,8 @@ class Graphs:
 
 class Race:
     """Between the host that launches a forward and the GPU that computes it: where the GPU is last, launching does not
-    matter, and a recording would only add its filling and hold memory. Chats on an H200 (Llama-8B, 2,400 to 6,900 tokens
-    a pass): 15,131 tokens a second and no recording, 12,742 and 26 GiB with recordings.
+    matter, and a recording would only add its filling and hold memory. Chats on an H200 (Llama-8B, 2,400 to 6,900
+    tokens a pass): 15,131 tokens a second and no recording, 12,742 and 26 GiB with recordings.
 
     Both are the least that was seen. A host that compiles, or that waits because the GPU has enough to do, takes longer
     than it needs; and a GPU that waits for the host, too.
