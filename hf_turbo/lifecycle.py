@@ -23,10 +23,31 @@ from .reports import Report, Row
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_turbo.patches.agreement import Agreement
     from hf_turbo.patches.engine import Finding, Patch
     from hf_turbo.patches.imports import ImportHooks
 
     from .metrics import MetricsCallback
+
+
+class _Training:
+    """One `Trainer.train`.
+
+    Attributes:
+        meter: the callback that counts its tokens.
+        agreement: between its processes, where each gathers weights for the others and they have to act alike.
+    """
+
+    def __init__(self, trainer: Any, meter: MetricsCallback | None):
+        from hf_turbo.patches.agreement import Agreement
+
+        self.meter = meter
+        is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
+        self.agreement = Agreement() if is_sharded else None
+
+    def end(self) -> None:
+        if self.agreement is not None:
+            self.agreement.close()
 
 
 class _Activation:
@@ -38,8 +59,7 @@ class _Activation:
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._of_role: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Patch]]] = weakref.WeakKeyDictionary()
         self._merging: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Trainers inside train(), each with the callback that counts its tokens.
-        self.training: dict[Any, MetricsCallback | None] = {}
+        self.training: dict[Any, _Training] = {}  # by trainer, while inside train()
         report.options = asdict(config)
 
     def change(self, config: TurboConfig) -> None:
@@ -228,8 +248,14 @@ class _Activation:
         conflict = None if can_copy else f"nothing to offload from: training on {device.type}"
         return find, conflict or (checkpointing.offload_conflict(trainer) if trainer is not None else None)
 
-    def passes(self, model: nn.Module) -> Callable[[list[int], int, float | None], list[int]] | None:
-        """How many micro-batches of a step share a pass through this model; None where none do."""
+    def passes(
+        self, model: nn.Module, agreement: Agreement | None
+    ) -> Callable[[list[int], int, float | None, bool], list[int]] | None:
+        """How many micro-batches of a step share a pass through this model; None where none do.
+
+        Args:
+            agreement: between processes that have to compute the same passes; None where each may have its own.
+        """
         from hf_turbo.patches import device_memory
 
         from .policies import batching
@@ -238,12 +264,15 @@ class _Activation:
             return None
         fixed = self.config.max_tokens_per_pass
 
-        def plan(tokens: list[int], worst: int, kept_per_token: float | None) -> list[int]:
+        def plan(tokens: list[int], worst: int, kept_per_token: float | None, may_share: bool) -> list[int]:
             limit = fixed
             if limit is None:
                 free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
                 limit = batching.token_limit(worst, kept_per_token, free)
-            return batching.passes(tokens, limit)
+            if agreement is not None:
+                alone, negative, *tokens = agreement.most([not may_share, -limit, *tokens])
+                may_share, limit = not alone, -negative
+            return batching.passes(tokens, limit) if may_share else [1] * len(tokens)
 
         return plan
 
@@ -479,7 +508,7 @@ def _around_train(trainer: Any) -> Iterator[None]:
     try:
         meter = _make_meter(trainer) if activation.config.metrics else None
         table = _make_table(trainer, activation.report) if activation.config.report else None
-        activation.training[trainer] = meter
+        activation.training[trainer] = _Training(trainer, meter)
         with _STATE.lock:
             for model in (trainer.model, getattr(trainer, "ref_model", None)):
                 if model is not None:
@@ -496,7 +525,9 @@ def _around_train(trainer: Any) -> Iterator[None]:
             if activation.config.report:
                 _write(trainer, activation.report)
         lora.end_training()
-        activation.training.pop(trainer, None)
+        training = activation.training.pop(trainer, None)
+        if training is not None:
+            training.end()
         for callback in (meter, table):
             if callback is not None and callback in trainer.callback_handler.callbacks:
                 trainer.callback_handler.callbacks.remove(callback)
@@ -537,10 +568,12 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
 
     for activation in _STATE.activations:
         if trainer in activation.training:
-            padding.batches_fetched(trainer.model, batches, activation.passes(trainer.model))
-        meter = activation.training.get(trainer)
-        if meter is not None:
-            meter.count(batches)
+            agreement = activation.training[trainer].agreement
+            plan = activation.passes(trainer.model, agreement)
+            padding.batches_fetched(trainer.model, batches, plan, is_collective=agreement is not None)
+            meter = activation.training[trainer].meter
+            if meter is not None:
+                meter.count(batches)
 
 
 def _model_prepared(model: nn.Module) -> None:

@@ -245,10 +245,14 @@ class _HandOut(torch.autograd.Function):
 
 
 class Step:
-    """The passes of one optimizer step."""
+    """The passes of one optimizer step.
 
-    def __init__(self, passes: list[Pass]):
-        self.passes = passes
+    Attributes:
+        is_collective: whether other processes compute as many, each at the same micro-batch.
+    """
+
+    def __init__(self, passes: list[Pass], is_collective: bool = False):
+        self.passes, self.is_collective = passes, is_collective
 
     def claim(self, kwargs: dict[str, Any], rest: dict[str, Any]) -> tuple[Pass, int] | None:
         """The pass and the place in it that a call of the backbone belongs to; None if it was not foreseen."""

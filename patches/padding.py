@@ -31,14 +31,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpointing, device_memory, graphs, kept_layers, padding_conflicts, varlen
+from . import checkpointing, device_memory, graphs, kept_layers, padding_conflicts, sharded, varlen
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
 
-# Given the tokens of each micro-batch, those of the largest with padding, and the bytes that forward keeps per token
-# (None where unknown): the number of micro-batches in each pass.
-Plan = Callable[[list[int], int, float | None], list[int]]
+# Given the tokens of each micro-batch, those of the largest with padding, the bytes that forward keeps per token (None
+# where unknown), and whether these micro-batches may share passes: the number of them in each pass.
+Plan = Callable[[list[int], int, float | None, bool], list[int]]
 
 # Arguments of a backbone's forward: to be flattened, for the loss alone, and those that must be off.
 _FLATTENED = {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}
@@ -158,7 +158,10 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if claimed is None:
             return stock(self, **kwargs)
         computed, place = claimed
-        return computed.hand_out(place)
+        output = computed.hand_out(place)
+        if place and state.step is not None and state.step.is_collective:
+            sharded.touch(self, output.last_hidden_state)
+        return output
 
     return forward
 
@@ -170,7 +173,9 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
         return claimed
     if claimed is None:
         state.look()
-    if not is_live() or state.reason or state.skip or state.is_hooked() or not _may_flatten(backbone, kwargs):
+    # What began goes on to the end of its step: other processes count on it where weights are sharded.
+    is_off = state.skip or (state.reason and claimed is None)
+    if not is_live() or is_off or state.is_hooked() or not _may_flatten(backbone, kwargs):
         return None
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
@@ -207,8 +212,10 @@ def _computed(
         _run(backbone, stock, kwargs, rest, together, state)
         return claimed
     except varlen.NotUnderstood as error:
-        state.reason = str(error)
+        state.reason, state.step = str(error), None
     except torch.OutOfMemoryError:
+        if state.step is not None and state.step.is_collective:
+            raise
         tightened = kept_layers.tighten(backbone)
         if state.graphs is not None:
             state.graphs.forget()
@@ -408,11 +415,12 @@ def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None
 # ----------------------------------------------------------------------------------------------------------------- host
 
 
-def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None) -> None:
+def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None, is_collective: bool = False) -> None:
     """Looks at the micro-batches of the next step.
 
     Args:
         plan: how many of them share a pass; None where each is one of its own.
+        is_collective: whether every process has to compute the same passes, since they gather weights for each other.
     """
     backbones_of = [each for each in _OF_MODEL.get(model, ()) if each in _STATES]
     if not backbones_of:
@@ -432,14 +440,17 @@ def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None) -> 
             )
         state.skip, state.step = skip, None
         foreseen = [each for each in micro_batches if each is not None]
-        if skip or state.reason or len(foreseen) != len(batches):
-            continue
+        is_foreseen = not skip and not state.reason and len(foreseen) == len(batches)
         state.worst = max([state.worst, *(each.rows * each.columns for each in foreseen)])
-        counts = [1] * len(foreseen)
-        if plan is not None and not state.has_gradient_hooks():
-            counts = plan([each.tokens for each in foreseen], state.worst, state.kept_per_token)
-        rest = iter(foreseen)
-        state.step = Step([Pass([next(rest) for _ in range(n)], state.gradient_at_padding) for n in counts])
+        counts = [1] * len(batches)
+        if plan is not None:  # where others plan, too, it is asked whatever comes of it
+            tokens = [0 if each is None else each.tokens for each in micro_batches]
+            may_share = is_foreseen and not state.has_gradient_hooks()
+            counts = plan(tokens, state.worst, state.kept_per_token, may_share)
+        if is_foreseen:
+            rest = iter(foreseen)
+            passes = [Pass([next(rest) for _ in range(n)], state.gradient_at_padding) for n in counts]
+            state.step = Step(passes, is_collective)
 
 
 def end_training(model: nn.Module | None) -> str | None:

@@ -16,6 +16,7 @@ from .fingerprint import syntax_tree
 
 DEVICES = {"cpu", "cuda"}
 
+_FSDP2 = "torch.distributed.fsdp._fully_shard."
 _MASKS = {"create_causal_mask", "create_sliding_window_causal_mask"}
 _MASK_ARGUMENTS = {
     "attention_mask",
@@ -51,9 +52,13 @@ def conflict(backbone: Any, device_type: str) -> str | None:
 
 
 def is_harmless(hook: Any) -> bool:
-    """Whether a hook does not care for shapes: it makes embeddings require gradients, or waits to record outputs."""
-    is_recorder = getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
-    return is_recorder or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
+    """Whether a hook does not care for shapes.
+
+    It makes embeddings require gradients, waits to record outputs, or gathers the weights of a layer (FSDP2).
+    """
+    module = getattr(hook, "__module__", None) or ""
+    is_known = module == "transformers.utils.output_capturing" or module.startswith(_FSDP2)
+    return is_known or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -129,7 +129,7 @@ def merging_conflict(trainer: Any) -> str | None:
     if args.n_gpu > 1:
         return "nn.DataParallel; launch one process per device instead"
     kind = gathers_weights(trainer)
-    if kind is not None:
+    if kind is not None and not getattr(trainer.accelerator, "is_fsdp2", False):
         return f"{kind} gathers weights at every pass"
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "sync_each_batch is on"

@@ -9,6 +9,7 @@ weights that are all off by one unit roundoff, plus one unit in the last place.
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -146,8 +147,12 @@ def shard(model: Any) -> None:
     mesh = dist.init_device_mesh("cpu", (2,))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model.model.embed_tokens, mesh=mesh)
-    fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    tail = [model.model.norm, model.lm_head]
+    if model.lm_head.weight is model.model.embed_tokens.weight:
+        tail.insert(1, model.model.embed_tokens)
+    else:
+        fully_shard(model.model.embed_tokens, mesh=mesh)
+    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
     fully_shard(model, mesh=mesh)
 
 
@@ -260,3 +265,92 @@ def test_model_that_is_sharded_already(fsdp):
         assert all(patched or reason for patched, reason in result["late"].values())
         runs = {**{name: result["runs"][name] for name in ("stock", "perturbed")}, "turbo": result["runs"]["late"]}
         assert_no_drift(runs, f"rank {rank}")
+
+
+# ------------------------------------------------------------------------------------------------ FSDP2, shared passes
+
+
+def micro_batches(rank: int, step: int) -> list[dict[str, torch.Tensor]]:
+    """Rows of other lengths on each rank, so that each would share passes in its own way."""
+    from tests.models import batch
+
+    return [batch(length=8 + (7 * step + 5 * i + 11 * rank * i) % 17, seed=10 * step + 2 * i + rank) for i in range(4)]
+
+
+def accumulate_sharded(model: Any, rank: int, announce: Any) -> dict[str, torch.Tensor]:
+    """Losses, gradient norms and the final weights, four micro-batches a step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    logs = {"loss": [], "grad_norm": []}
+    for step in range(STEPS):
+        batches = micro_batches(rank, step)
+        announce(batches)
+        for i, each in enumerate(batches):
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+            loss = model(**each).loss / len(batches)
+            loss.backward()
+            logs["loss"].append(loss.detach())
+        norms = [p.grad.full_tensor().norm() for p in model.parameters()]
+        logs["grad_norm"].append(torch.stack(norms).norm())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: parameter.full_tensor().detach().clone() for name, parameter in model.named_parameters()}
+    return {**{name: torch.stack(values) for name, values in logs.items()}, **weights}
+
+
+def sharing_worker(rank: int, port: int, folder: str) -> None:
+    set_up(rank, port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from hf_turbo.patches import padding
+    from hf_turbo.patches.agreement import Agreement
+
+    import hf_turbo
+    from hf_turbo import lifecycle
+    from tests.models import tiny_model
+    from tests.training import perturb
+
+    agreement, shared, run = Agreement(), [], padding._run
+
+    def noted(backbone: Any, stock: Any, kwargs: Any, rest: Any, of: Any, state: Any) -> None:
+        shared.append(len(of.micro_batches))
+        run(backbone, stock, kwargs, rest, of, state)
+
+    padding._run = noted
+    runs = {family: {} for family in ("qwen3", "gemma")}  # the latter with tied weights
+    for family, name in itertools.product(runs, ("stock", "perturbed", "turbo")):
+        model, announce = tiny_model(family), lambda batches: None
+        if name == "perturbed":
+            perturb(model)
+        if name == "turbo":
+            hf_turbo.patch_model(model, padding=True, max_tokens_per_pass=70)
+            activation = lifecycle._STATE.enabled
+            activation._merging.add(model)  # which a Trainer under FSDP2 would have done
+
+            def announce(batches: list[Any], model: Any = model, activation: Any = activation) -> None:
+                padding.batches_fetched(model, batches, activation.passes(model, agreement), is_collective=True)
+
+        shard(model)
+        runs[family][name] = accumulate_sharded(model, rank, announce)
+    alone = [len(each) for each in alone_plans(rank)]
+    hf_turbo.disable()
+    agreement.close()
+    torch.save({"runs": runs, "shared": shared, "alone": alone}, f"{folder}/rank{rank}.pt")
+    leave()
+
+
+def alone_plans(rank: int) -> list[list[int]]:
+    """How this rank would share passes if it were alone."""
+    from hf_turbo.policies import batching
+
+    steps = (micro_batches(rank, step) for step in range(STEPS))
+    return [batching.passes([int(each["attention_mask"].sum()) for each in batches], 70) for batches in steps]
+
+
+def test_fsdp2_shares_the_same_passes_on_all_ranks(tmp_path):
+    """Weights are gathered layer by layer: a rank with fewer passes would wait for ever."""
+    ranks = start(sharing_worker, tmp_path)
+    assert ranks[0]["alone"] != ranks[1]["alone"]
+    assert ranks[0]["shared"] == ranks[1]["shared"]
+    assert 2 * STEPS < len(ranks[0]["shared"]) < 2 * 4 * STEPS
+    for rank, result in enumerate(ranks):
+        for family, runs in result["runs"].items():
+            assert_no_drift(runs, f"{family}, rank {rank}")

@@ -77,7 +77,7 @@ def test_shared_passes(dtype):
 
     stock = gradients()
     hf_turbo.patch_model(model, **{**switched_off("padding"), "padding": True})
-    padding.batches_fetched(model, batches, lambda tokens, worst, kept: [len(tokens)])
+    padding.batches_fetched(model, batches, lambda tokens, worst, kept, may_share: [len(tokens)])
     ours = gradients()
     state = state_of(model)
     assert (state.passes, state.micro_batches) == (1, 4)
