@@ -28,26 +28,7 @@ if TYPE_CHECKING:
     from hf_turbo.patches.imports import ImportHooks
 
     from .metrics import MetricsCallback
-
-
-class _Training:
-    """One `Trainer.train`.
-
-    Attributes:
-        meter: the callback that counts its tokens.
-        agreement: between its processes, where each gathers weights for the others and they have to act alike.
-    """
-
-    def __init__(self, trainer: Any, meter: MetricsCallback | None):
-        from hf_turbo.patches.agreement import Agreement
-
-        self.meter = meter
-        is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
-        self.agreement = Agreement() if is_sharded else None
-
-    def end(self) -> None:
-        if self.agreement is not None:
-            self.agreement.close()
+    from .training import Training
 
 
 class _Activation:
@@ -59,7 +40,7 @@ class _Activation:
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._of_role: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Patch]]] = weakref.WeakKeyDictionary()
         self._merging: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        self.training: dict[Any, _Training] = {}  # by trainer, while inside train()
+        self.training: dict[Any, Training] = {}  # by trainer, while inside train()
         report.options = asdict(config)
 
     def change(self, config: TurboConfig) -> None:
@@ -504,30 +485,28 @@ def _around_train(trainer: Any) -> Iterator[None]:
     if activation is None or trainer in activation.training:
         yield
         return
-    meter = table = None
+    from .training import Training
+
+    meter = table = training = None
     try:
         meter = _make_meter(trainer) if activation.config.metrics else None
         table = _make_table(trainer, activation.report) if activation.config.report else None
-        activation.training[trainer] = _Training(trainer, meter)
+        training = activation.training[trainer] = Training(trainer, meter)
         with _STATE.lock:
-            for model in (trainer.model, getattr(trainer, "ref_model", None)):
-                if model is not None:
-                    activation.meet(model, trainer)
+            for model in training.models:
+                activation.meet(model, trainer)
         yield
     finally:
-        from hf_turbo.patches import checkpointing, lora, padding
+        from hf_turbo.patches import lora
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
-        notes = [padding.end_training(trainer.model), checkpointing.end_training(trainer.model)]
-        if any(notes):
-            activation.report.notes.extend(filter(None, notes))
+        if training is not None and (notes := training.end()):
+            activation.report.notes.extend(notes)
             if activation.config.report:
                 _write(trainer, activation.report)
         lora.end_training()
-        training = activation.training.pop(trainer, None)
-        if training is not None:
-            training.end()
+        activation.training.pop(trainer, None)
         for callback in (meter, table):
             if callback is not None and callback in trainer.callback_handler.callbacks:
                 trainer.callback_handler.callbacks.remove(callback)
@@ -568,12 +547,12 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
 
     for activation in _STATE.activations:
         if trainer in activation.training:
-            agreement = activation.training[trainer].agreement
-            plan = activation.passes(trainer.model, agreement)
-            padding.batches_fetched(trainer.model, batches, plan, is_collective=agreement is not None)
-            meter = activation.training[trainer].meter
-            if meter is not None:
-                meter.count(batches)
+            training = activation.training[trainer]
+            model, *references = training.models
+            plan = activation.passes(model, training.agreement)
+            padding.batches_fetched(model, batches, plan, training.agreement is not None, references)
+            if training.meter is not None:
+                training.meter.count(batches)
 
 
 def _model_prepared(model: nn.Module) -> None:

@@ -24,8 +24,8 @@ import inspect
 import sys
 import warnings
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ class _State:
         tried: whether a flattened pass went through.
         skip: whether the batches of the present step bear labels on padding.
         step: the micro-batches of the present step, where a trainer fetched them.
+        foreseen: the same, for calls that ask for no gradients.
+        in_step: whether a trainer is in its training step, and not in evaluation or in a callback.
         stock_tokens, tokens, micro_batches, passes: that stock would have computed, and that were computed.
         worst: tokens of the largest micro-batch so far, padding included.
         kept_per_token: bytes that forward keeps for backward, the most of the passes measured.
@@ -66,8 +68,9 @@ class _State:
     def __init__(self, backbone: nn.Module) -> None:
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
-        self.tried = self.skip = False
+        self.tried = self.skip = self.in_step = False
         self.step: Step | None = None
+        self.foreseen: list[MicroBatch] = []
         self._at_padding: torch.Tensor | None = None
         self.kept_per_token: float | None = None
         self.worst = self.measured = 0
@@ -76,7 +79,7 @@ class _State:
 
     def end_training(self) -> None:
         """Counts anew, from the next training on."""
-        self.skip, self.step = False, None
+        self.skip, self.step, self.foreseen = False, None, []
         self.stock_tokens = self.tokens = self.micro_batches = self.passes = 0
         if self.graphs is not None:
             self.graphs.forget()
@@ -123,8 +126,8 @@ _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionar
 _OF_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
 
 
-def _states(model: nn.Module | None) -> list[_State]:
-    return [] if model is None else [_STATES[each] for each in _OF_MODEL.get(model, ()) if each in _STATES]
+def _states(model: nn.Module) -> list[_State]:
+    return [_STATES[each] for each in _OF_MODEL.get(model, ()) if each in _STATES]
 
 
 def finish_steps() -> None:
@@ -145,13 +148,14 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     names = [each.name for each in parameters[1:]]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or len(args) > len(names):
-            return stock(self, *args, **kwargs)
         state = _STATES.get(self)
-        if state is None:
+        if torch.compiler.is_compiling() or state is None or len(args) > len(names):
             return stock(self, *args, **kwargs)
         kwargs.update(zip(names, args, strict=False))
         rest = {name: value for name, value in kwargs.items() if name not in _FLATTENED | _OF_LOSS | _OF_PACKING}
+        if not torch.is_grad_enabled():
+            reference = _without_gradients(self, stock, kwargs, rest, state)
+            return stock(self, **kwargs) if reference is None else reference
         claimed = _claim(self, kwargs, rest, state)
         if claimed is not None and not claimed[0].is_computed:
             claimed = _computed(self, stock, kwargs, rest, claimed, state)
@@ -175,13 +179,59 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
         state.look()
     # What began goes on to the end of its step: other processes count on it where weights are sharded.
     is_off = state.skip or (state.reason and claimed is None)
-    if not is_live() or is_off or state.is_hooked() or not _may_flatten(backbone, kwargs):
+    if not is_live() or is_off or state.is_hooked() or not backbone.training or not _may_flatten(backbone, kwargs):
         return None
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
     micro_batches = claimed[0].micro_batches
     is_recorded = state.graphs is not None and not state.graphs.reason
     return None if len(micro_batches) == 1 and micro_batches[0].is_dense and not is_recorded else claimed
+
+
+def _without_gradients(
+    backbone: Any, stock: Callable[..., Any], kwargs: dict[str, Any], rest: dict[str, Any], state: _State
+) -> Any:
+    """The output for a call inside a training step that asks for no gradients: log-probabilities of a reference model,
+    or of the policy as it was. None where stock computes it."""
+    if not (is_live() and state.in_step) or state.reason or state.skip or state.is_hooked():
+        return None
+    if not _may_flatten(backbone, kwargs):
+        return None
+    foreseen = (each for each in state.foreseen if each.is_called_with(kwargs))
+    of = Pass([next(foreseen, None) or _micro_batch(kwargs)], state.gradient_at_padding)
+    if of.micro_batches[0].is_dense:
+        return None
+    random = random_states(of.device)
+    try:
+        output, _ = _flattened(backbone, stock, kwargs, rest, of, state)
+    except varlen.NotUnderstood as error:
+        state.reason = str(error)
+    if state.reason:
+        set_random_states(random, of.device)
+        return None
+    of.computed(output, rest)
+    state.count(of)
+    return of.hand_out(0)
+
+
+def _flattened(
+    backbone: Any, stock: Callable[..., Any], kwargs: dict[str, Any], rest: dict[str, Any], of: Pass, state: _State
+) -> tuple[Any, varlen.Documents]:
+    """What the backbone returns for the tokens of a pass, and the documents that its layers attended to.
+
+    Raises:
+        NotUnderstood: it turns out that it cannot be done.
+    """
+    lengths = of.lengths()
+    documents, mask = varlen.Documents.of(lengths, of.device), varlen.no_mask(sum(lengths), of.device)
+    # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
+    arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
+    output = stock(backbone, **arguments)
+    layers = len(backbone.layers)
+    if not state.tried and documents.calls != layers:
+        raise varlen.NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
+    state.tried = True
+    return output, documents
 
 
 def _micro_batch(kwargs: dict[str, Any]) -> MicroBatch:
@@ -249,17 +299,10 @@ def _run(
             state.count(of)
             return
     lengths, device = of.lengths(), of.device
-    documents, mask = varlen.Documents.of(lengths, device), varlen.no_mask(sum(lengths), device)
-    # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
-    arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     before = device_memory.allocated(device) if state.measured < _MEASURED_PASSES else None
     random = random_states(device) if state.graphs is not None else []
     with nullcontext() if state.graphs is None else state.graphs.observed(sum(lengths), device):
-        output = stock(backbone, **arguments)
-    layers = len(backbone.layers)
-    if not state.tried and documents.calls != layers:
-        raise varlen.NotUnderstood(f"{documents.calls} of {layers} layers attend through the registry")
-    state.tried = True
+        output, documents = _flattened(backbone, stock, kwargs, rest, of, state)
     if before is not None:
         # What is kept instead of recomputed is a matter of its own.
         kept = (device_memory.allocated(device) or 0) - before - kept_layers.kept_bytes(backbone)
@@ -276,13 +319,12 @@ def _run(
 
 
 def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this call is of a training on rows of tokens, and asks for nothing but hidden states."""
+    """Whether this call is one on rows of tokens, and asks for nothing but hidden states."""
     mask, config = kwargs.get("attention_mask"), backbone.config
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     position_ids = kwargs.get("position_ids")
     if not (
-        backbone.training
-        and isinstance(inputs, torch.Tensor)
+        isinstance(inputs, torch.Tensor)
         and inputs.numel() > 0
         and inputs.device.type in padding_conflicts.DEVICES
         and (mask is None or _is_mask(mask, inputs))
@@ -415,20 +457,42 @@ def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None
 # ----------------------------------------------------------------------------------------------------------------- host
 
 
-def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None, is_collective: bool = False) -> None:
+@contextmanager
+def training_step(models: list[nn.Module]) -> Iterator[None]:
+    """Around a trainer's training step with these models: the one trained, and the one it is held against."""
+    states = [state for model in models for state in _states(model)]
+    for state in states:
+        state.in_step = True
+    try:
+        yield
+    finally:
+        for state in states:
+            state.in_step = False
+
+
+def batches_fetched(
+    model: nn.Module,
+    batches: list[Any],
+    plan: Plan | None,
+    is_collective: bool = False,
+    references: Sequence[nn.Module] = (),
+) -> None:
     """Looks at the micro-batches of the next step.
 
     Args:
         plan: how many of them share a pass; None where each is one of its own.
         is_collective: whether every process has to compute the same passes, since they gather weights for each other.
+        references: models that are asked for the same micro-batches without gradients.
     """
-    backbones_of = [each for each in _OF_MODEL.get(model, ()) if each in _STATES]
-    if not backbones_of:
+    states = _states(model)
+    others = [state for reference in references for state in _states(reference)]
+    if not (states or others):
         return
     micro_batches = [foresee(batch) for batch in batches]
     skip = any(map(labels_on_padding, batches))
-    for backbone in backbones_of:
-        state = _STATES[backbone]
+    for state in (*states, *others):
+        state.skip, state.foreseen = skip, [each for each in micro_batches if each is not None]
+    for state in states:
         state.look()
         if state.step is not None and state.step.has_waiting_gradients:
             state.reason = "a micro-batch of a shared pass was left out"
@@ -438,24 +502,23 @@ def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None, is_
                 RuntimeWarning,
                 stacklevel=2,
             )
-        state.skip, state.step = skip, None
-        foreseen = [each for each in micro_batches if each is not None]
-        is_foreseen = not skip and not state.reason and len(foreseen) == len(batches)
-        state.worst = max([state.worst, *(each.rows * each.columns for each in foreseen)])
+        state.step = None
+        is_foreseen = not skip and not state.reason and len(state.foreseen) == len(batches)
+        state.worst = max([state.worst, *(each.rows * each.columns for each in state.foreseen)])
         counts = [1] * len(batches)
         if plan is not None:  # where others plan, too, it is asked whatever comes of it
             tokens = [0 if each is None else each.tokens for each in micro_batches]
             may_share = is_foreseen and not state.has_gradient_hooks()
             counts = plan(tokens, state.worst, state.kept_per_token, may_share)
         if is_foreseen:
-            rest = iter(foreseen)
+            rest = iter(state.foreseen)
             passes = [Pass([next(rest) for _ in range(n)], state.gradient_at_padding) for n in counts]
             state.step = Step(passes, is_collective)
 
 
-def end_training(model: nn.Module | None) -> str | None:
+def end_training(models: list[nn.Module]) -> str | None:
     """What came of it, for the report; None where nothing was flattened."""
-    states = _states(model)
+    states = [state for model in models for state in _states(model)]
     for state in states:
         state.look()
     names = ("stock_tokens", "tokens", "micro_batches", "passes")

@@ -62,6 +62,22 @@ def entry_patches(
     return [AttributePatch(f"trainer:{name}", trainer_cls, name, new) for name, new in replacements.items()]
 
 
+def step_patch(trainer: Any, around_step: Callable[[Any, Callable[[], Any]], Any]) -> Patch:
+    """The patch of the training step of a trainer's class, as outermost overridden.
+
+    Args:
+        around_step: called with a trainer and what computes its step; returns what that returns.
+    """
+    owner = next(cls for cls in type(trainer).__mro__ if "training_step" in vars(cls))
+    stock = owner.training_step  # type: ignore[attr-defined]
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around_step(self, lambda: stock(self, *args, **kwargs))
+
+    look_like(training_step, stock)
+    return AttributePatch("trainer:training_step", owner, "training_step", training_step)
+
+
 def loss_conflict(trainer: Any) -> str | None:
     """Why this trainer's causal-LM loss stays stock, or None."""
     compute_loss = type(trainer).compute_loss

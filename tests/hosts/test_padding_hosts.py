@@ -12,11 +12,13 @@ import pytest
 import torch
 from datasets import Dataset
 from hf_turbo.patches import padding, varlen
+from peft import LoraConfig
 from transformers import (
     DataCollatorForSeq2Seq,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import (
@@ -117,13 +119,63 @@ def make_rloo(folder: Path, **more: Any) -> Trainer:
     return rollouts(folder, RLOOTrainer, RLOOConfig, **more)
 
 
-@pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain, make_grpo, make_rloo])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_trainers(make, checkpointing, passes, tmp_path):
-    turbo = compare(lambda folder: make(folder, gradient_checkpointing=checkpointing), tmp_path, padding=True)
+@pytest.fixture
+def without_gradients(monkeypatch) -> list[bool]:
+    """Of each call without gradients, whether its padding was left out."""
+    seen, stock = [], padding._without_gradients
+
+    def noted(*args: Any) -> Any:
+        output = stock(*args)
+        seen.append(output is not None)
+        return output
+
+    monkeypatch.setattr(padding, "_without_gradients", noted)
+    return seen
+
+
+def make_adapted_dpo(folder: Path, **more: Any) -> Trainer:
+    args = DPOConfig(**arguments(folder, **more))
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    data = Dataset.from_list(PAIRS)
+    return DPOTrainer(
+        tiny_model("llama"), None, args, train_dataset=data, processing_class=tokenizer(), peft_config=lora
+    )
+
+
+def test_other_calls_without_gradients_stay_stock(without_gradients, tmp_path):
+    """A callback may look at anything, evaluation too."""
+
+    class Looking(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            batch = tokenizer()([ROWS[0]["prompt"], ROWS[1]["completion"]], padding=True, return_tensors="pt")
+            with torch.no_grad():
+                model(**batch)
+
+    trainer = make_adapted_dpo(tmp_path)
+    trainer.add_callback(Looking())
+    with hf_turbo.session(report=False):
+        trainer.train()
+        during = len(without_gradients)
+        trainer.evaluate(trainer.train_dataset)
+    steps = trainer.state.global_step
+    assert without_gradients.count(True) <= steps
+    assert without_gradients.count(False) >= steps
+    assert not any(without_gradients[during:])
+
+
+WITH_REFERENCE = [make_dpo, make_adapted_dpo, make_kto, make_grpo, make_rloo]
+
+
+@pytest.mark.parametrize("make", [make_sft, make_reward, make_plain, *WITH_REFERENCE])
+@pytest.mark.parametrize(("checkpointing", "steps", "rate"), [(False, 100, 0.02), (True, 3, 0.1)])
+def test_trainers(make, checkpointing, steps, rate, passes, without_gradients, tmp_path):
+    """Log-probabilities of a reference model, or of the policy without its adapter, are computed without padding, too."""
+    more = {"gradient_checkpointing": checkpointing, "max_steps": steps, "learning_rate": rate}
+    turbo = compare(lambda folder: make(folder, **more), tmp_path, padding=True)
     assert turbo.patched["padding"] >= 1
     assert passes
     assert all(tokens < stock for micro_batches in passes for tokens, stock in micro_batches)
+    assert any(without_gradients) == (make in WITH_REFERENCE)
 
 
 @pytest.mark.parametrize("accumulation", [3, 16])

@@ -116,7 +116,7 @@ def test_memory_comes_back():
     for seed in range(6):
         step(model, rows(seed), True)
     assert state.graphs.replays
-    padding.end_training(model)
+    padding.end_training([model])
     model.zero_grad()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -124,7 +124,7 @@ def test_memory_comes_back():
     for seed in range(6):
         step(model, rows(seed), True)
     assert state.graphs.replays
-    padding.end_training(model)
+    padding.end_training([model])
     model.zero_grad()
     assert torch.cuda.memory_allocated() <= before + 2**20
 
