@@ -169,7 +169,7 @@ WITH_REFERENCE = [make_dpo, make_adapted_dpo, make_kto, make_grpo, make_rloo]
 @pytest.mark.parametrize("make", [make_sft, make_reward, make_plain, *WITH_REFERENCE])
 @pytest.mark.parametrize(("checkpointing", "steps", "rate"), [(False, 100, 0.02), (True, 3, 0.1)])
 def test_trainers(make, checkpointing, steps, rate, passes, without_gradients, tmp_path):
-    """Log-probabilities of a reference model, or of the policy without its adapter, are computed without padding, too."""
+    """Log-probabilities of a reference model, or of the policy without its adapter, go without padding, too."""
     more = {"gradient_checkpointing": checkpointing, "max_steps": steps, "learning_rate": rate}
     turbo = compare(lambda folder: make(folder, **more), tmp_path, padding=True)
     assert turbo.patched["padding"] >= 1
