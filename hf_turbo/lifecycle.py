@@ -491,7 +491,7 @@ def _around_train(trainer: Any) -> Iterator[None]:
     try:
         meter = _make_meter(trainer) if activation.config.metrics else None
         table = _make_table(trainer, activation.report) if activation.config.report else None
-        training = activation.training[trainer] = Training(trainer, meter)
+        training = activation.training[trainer] = Training(trainer, meter, activation.config, activation.report)
         with _STATE.lock:
             for model in training.models:
                 activation.meet(model, trainer)
@@ -548,6 +548,7 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
     for activation in _STATE.activations:
         if trainer in activation.training:
             training = activation.training[trainer]
+            training.begin_step()
             model, *references = training.models
             plan = activation.passes(model, training.agreement)
             padding.batches_fetched(model, batches, plan, training.agreement is not None, references)

@@ -104,13 +104,18 @@ def _peak_memory_gib(device: torch.device) -> float:
 
 
 class MetricsCallback(TrainerCallback):
-    """Counts tokens of fetched batches without waiting for the device, and adds the figures when the Trainer logs."""
+    """Counts tokens of fetched batches without waiting for the device, and adds the figures when the Trainer logs.
+
+    Attributes:
+        retried_steps: that ran out of memory and were done again, since the beginning.
+    """
 
     def __init__(self, device: torch.device):
         self._device, self._peak = device, peak_flops(device)
         self._counts: torch.Tensor | None = None  # tokens, pairs
         self._flops: tuple[float, float | None] | None = None  # per token, per pair
         self._since: float | None = None
+        self.retried_steps = 0
 
     def count(self, batches: list[Any]) -> None:
         """Adds the micro-batches of one optimizer step: real tokens, and causal pairs within documents."""
@@ -139,6 +144,8 @@ class MetricsCallback(TrainerCallback):
         now = time.perf_counter()
         seconds = now - self._since
         figures = {"turbo/tokens_per_second": tokens / seconds, "turbo/peak_memory_gib": _peak_memory_gib(self._device)}
+        if self.retried_steps:
+            figures["turbo/retried_steps"] = self.retried_steps
         mfu = self._mfu(kwargs.get("model"), tokens, pairs, seconds)
         if mfu is not None:
             figures["turbo/mfu"] = mfu

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 if TYPE_CHECKING:
+    from hf_turbo.patches import checkpointing
+    from hf_turbo.patches.engine import Patch
+
+    from .config import TurboConfig
     from .metrics import MetricsCallback
+    from .reports import Report
 
 
 class Training:
@@ -19,15 +25,23 @@ class Training:
         agreement: between its processes, where each gathers weights for the others and they have to act alike.
     """
 
-    def __init__(self, trainer: Any, meter: MetricsCallback | None):
+    def __init__(self, trainer: Any, meter: MetricsCallback | None, config: TurboConfig, report: Report):
+        from hf_turbo.patches import accelerate, retry
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches.agreement import Agreement
 
         self._trainer, self.meter = trainer, meter
         is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
         self.agreement = Agreement() if is_sharded else None
-        self._patch = trainer_patches.step_patch(trainer, self._around_step)
-        self._patch.apply()
+        self._patches: list[Patch] = [trainer_patches.step_patch(trainer, self._around_step)]
+        self._report = report
+        self._added: list[checkpointing.Added] = []
+        self._retry = None
+        if config.memory != "as_is" and retry.conflict(trainer) is None:
+            self._retry = retry.Retry(trainer, self._make_room, self._tell)
+            self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
+        for patch in self._patches:
+            patch.apply()
 
     @property
     def models(self) -> list[nn.Module]:
@@ -37,11 +51,51 @@ class Training:
 
     def _around_step(self, trainer: Any, compute: Callable[[], Any]) -> Any:
         from hf_turbo.patches import padding
+        from hf_turbo.patches.engine import is_live
 
         if trainer is not self._trainer:  # another one of the same class
             return compute()
         with padding.training_step(self.models):
+            return compute() if self._retry is None or not is_live() else self._retry.run(compute)
+
+    def _around_optimizer(self, optimizer: Any, compute: Callable[[], Any]) -> Any:
+        from hf_turbo.patches import retry
+        from hf_turbo.patches.engine import is_live
+
+        def make_room(culprit: str) -> None:
+            self._make_room(0)
+            self._tell(f"out of memory in {culprit}: it is done again, with less kept by the steps to come")
+
+        if optimizer is not self._trainer.optimizer or not is_live():
             return compute()
+        return retry.step_optimizer(optimizer, compute, make_room)
+
+    def begin_step(self) -> None:
+        """The micro-batches of an optimizer step have been fetched."""
+        if self._retry is not None:
+            self._retry.begin_step()
+
+    def _make_room(self, tries: int) -> str | None:
+        """Less memory for the step that is done again, and for those to come; None where there is no way left."""
+        from hf_turbo.patches import checkpointing, padding
+
+        model = self._trainer.model
+        padding.begin_again(self.models)
+        if checkpointing.tighten(model) or tries == 0:
+            return "each micro-batch in a pass of its own and less kept"
+        if not self._added and checkpointing.Added.can_apply(model):
+            self._added.append(checkpointing.Added(model))
+            self._added[0].apply()
+            return "gradient checkpointing, for the rest of this training"
+        return None
+
+    def _tell(self, event: str) -> None:
+        """Into the report, the logs and to the user."""
+        step = self._trainer.state.global_step + 1
+        self._report.notes.append(f"step {step}: {event}")
+        if self.meter is not None:
+            self.meter.retried_steps += 1
+        warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
 
     def end(self) -> list[str]:
         """Puts the training step back; what is worth a note in the report."""
@@ -50,6 +104,7 @@ class Training:
         if self.agreement is not None:
             self.agreement.close()
         notes = [padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
-        if not self._patch.revert():
-            notes.append(f"{self._patch.id} was changed by something else since; left as it is, acting as stock")
+        for patch in (*self._added, *reversed(self._patches)):
+            if not patch.revert():
+                notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
         return [note for note in notes if note]

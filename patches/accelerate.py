@@ -50,3 +50,20 @@ def entry_patches(
         wrap("prepare_model"),
         AttributePatch("accelerate:prepare_optimizer", accelerator_cls, "prepare_optimizer", prepare_optimizer),
     ]
+
+
+def optimizer_patch(around_step: Callable[[Any, Callable[[], Any]], Any]) -> Patch:
+    """The patch of the step of optimizers that were prepared.
+
+    Args:
+        around_step: called with the prepared optimizer and what makes its step; returns what that returns.
+    """
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    stock = AcceleratedOptimizer.step
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around_step(self, lambda: stock(self, *args, **kwargs))
+
+    look_like(step, stock)
+    return AttributePatch("accelerate:optimizer_step", AcceleratedOptimizer, "step", step)

@@ -332,6 +332,38 @@ def _stacks_of(model: nn.Module) -> set[kept_layers.Stack]:
     return {kept_layers.PLACES[layer][0] for layer in layers_of(model).values() if layer in kept_layers.PLACES}
 
 
+def tighten(model: nn.Module) -> bool:
+    """After memory ran out: layers keep half as much as before. False where none was kept since the last time."""
+    tightened = [stack.tighten() for stack in _stacks_of(model)]
+    return any(tightened)
+
+
+class Added(Patch):
+    """Checkpointing of a model whose script did not ask for it, without reentrant autograd: the same bits."""
+
+    id = "checkpointing:added"
+
+    def __init__(self, model: Any):
+        self._model = weakref.ref(model)
+
+    @staticmethod
+    def can_apply(model: Any) -> bool:
+        """Whether the model knows how to checkpoint, and none of its layers does so already."""
+        layers = layers_of(model).values()
+        return bool(layers) and not any(each.gradient_checkpointing for each in layers)
+
+    def apply(self) -> None:
+        model = self._model()
+        if model is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def revert(self) -> bool:
+        model = self._model()
+        if model is not None:
+            model.gradient_checkpointing_disable()
+        return True
+
+
 def trainer_asks(trainer: Any) -> bool:
     """Whether `train()` switches checkpointing on."""
     # Renamed after transformers 5.17, which has the second name only.

@@ -516,6 +516,18 @@ def batches_fetched(
             state.step = Step(passes, is_collective)
 
 
+def begin_again(models: list[nn.Module]) -> None:
+    """The present step is done again from its first micro-batch, after memory ran out: each in a pass of its own."""
+    for state in [state for model in models for state in _states(model)]:
+        if state.graphs is not None:
+            state.graphs.forget()
+        if state.kept_per_token is not None:
+            state.kept_per_token *= 2
+        if state.step is not None:
+            passes = [Pass([each], state.gradient_at_padding) for each in state.foreseen]
+            state.step = Step(passes, state.step.is_collective)
+
+
 def end_training(models: list[nn.Module]) -> str | None:
     """What came of it, for the report; None where nothing was flattened."""
     states = [state for model in models for state in _states(model)]

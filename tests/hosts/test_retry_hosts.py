@@ -1,0 +1,285 @@
+"""Memory that runs out within a step, at any place: the step is done again, and nothing of the training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from hf_turbo.patches import head, padding, retry, trl, varlen
+from peft import LoraConfig
+from transformers import Trainer
+from trl import SFTConfig, SFTTrainer
+
+import hf_turbo
+from tests.hosts.test_padding_hosts import (
+    ROWS,
+    make_adapted_dpo,
+    make_dpo,
+    make_grpo,
+    make_kto,
+    make_plain,
+    make_reward,
+    make_sft,
+)
+from tests.models import tiny_model
+from tests.training import Run, arguments, compare, tokenizer
+
+pytestmark = [pytest.mark.usefixtures("on_cpu"), pytest.mark.filterwarnings("ignore:hf_turbo. step")]
+
+
+class _FailsBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, fault: Callable[[], None]) -> torch.Tensor:
+        ctx.fault = fault
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.fault()
+        return dy, None
+
+
+class Faults:
+    """Fails at the given calls, counted from 0, of the attention of any layer or of the loss, forward or backward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: dict[str, int] = {}
+        self.fail_at: dict[str, set[int]] = {}
+        attend = varlen.varlen_attention
+        monkeypatch.setattr(varlen, "varlen_attention", self._faulty("attention", attend))
+        monkeypatch.setattr(trl, "linear_log_prob", self._faulty("loss", trl.linear_log_prob))
+        monkeypatch.setattr(head, "linear_cross_entropy", self._faulty("loss", head.linear_cross_entropy))
+
+    def _fault(self, name: str) -> None:
+        call = self.calls[name] = self.calls.get(name, -1) + 1
+        if call in self.fail_at.get(name, ()):
+            raise torch.OutOfMemoryError(f"CUDA out of memory. By intent, in {name}")
+
+    def _faulty(self, name: str, stock: Callable[..., Any]) -> Callable[..., Any]:
+        def faulty(*args: Any, **kwargs: Any) -> Any:
+            self._fault(name)
+            output = stock(*args, **kwargs)
+            backward = lambda: self._fault(f"{name} backward")  # noqa: E731
+            if isinstance(output, tuple):
+                return _FailsBackward.apply(output[0], backward), *output[1:]
+            return _FailsBackward.apply(output, backward)
+
+        return faulty
+
+
+@pytest.fixture
+def faults(monkeypatch) -> Faults:
+    return Faults(monkeypatch)
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """What was told of each step that was taken back."""
+    told, run = [], retry.Retry.__init__
+
+    def noted(self: Any, trainer: Any, make_room: Any, tell: Callable[[str], None]) -> None:
+        run(self, trainer, make_room, lambda event: (told.append(event), tell(event)))
+
+    monkeypatch.setattr(retry.Retry, "__init__", noted)
+    return told
+
+
+def make_dropout(folder: Path, **more: Any) -> Trainer:
+    """Random numbers in every layer."""
+    args = SFTConfig(**arguments(folder, max_steps=4, **more))
+    lora = LoraConfig(r=4, lora_dropout=0.2, target_modules="all-linear")
+    return SFTTrainer(
+        tiny_model("llama"), args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer(), peft_config=lora
+    )
+
+
+PLACES = ["attention", "attention backward", "loss", "loss backward"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("call", [0, 2, 3])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_same_bits(place, call, checkpointing, faults, counted, tmp_path):
+    """At any layer, forward and backward, and in the loss, in the first step and later; dropout included."""
+    make = lambda folder: make_dropout(folder, gradient_checkpointing=checkpointing)  # noqa: E731
+    options = {"turbo": True, "padding": True}
+    without = Run(make, tmp_path / "without", **options)
+    faults.calls.clear()
+    faults.fail_at = {place: {call}}
+    faulty = Run(make, tmp_path / "faulty", **options)
+    assert len(counted) == 1
+    assert "out of memory in " in counted[0]
+    assert without.updates.keys() == faulty.updates.keys()
+    for name, update in without.updates.items():
+        assert torch.equal(update, faulty.updates[name]), name
+    for name in ("loss", "grad_norm", "mean_token_accuracy", "num_tokens"):
+        assert torch.equal(without.logged(name), faulty.logged(name)), name
+
+
+@pytest.mark.parametrize("make", [make_sft, make_plain, make_reward, make_dpo, make_adapted_dpo, make_kto, make_grpo])
+@pytest.mark.parametrize("place", ["attention", "attention backward"])
+def test_trainers_with_accumulation(make, place, faults, counted, tmp_path):
+    """Micro-batches of a step that were done already are done again, and counted once."""
+    faults.fail_at = {place: {3, 9}}
+    more = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 4, "max_steps": 3}
+    compare(lambda folder: make(folder, **more), tmp_path, padding=True)
+    assert len(counted) >= 1
+
+
+def test_checkpointing_is_added_where_nothing_else_helps(faults, counted, tmp_path):
+    """Twice in a row; what was added goes with the training."""
+    faults.fail_at = {"attention": {2, 3}}
+    trainers = []
+
+    def make(folder: Path) -> Trainer:
+        trainers.append(make_sft(folder, max_steps=4))
+        return trainers[-1]
+
+    compare(make, tmp_path, padding=True)
+    assert [told.rpartition("with ")[2] for told in counted] == [
+        "each micro-batch in a pass of its own and less kept",
+        "gradient checkpointing, for the rest of this training",
+    ]
+    assert not any(trainer.model.is_gradient_checkpointing for trainer in trainers)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])
+@pytest.mark.parametrize("step", [0, 2])
+def test_optimizer(optim, step, monkeypatch, counted, tmp_path):
+    """Before it has changed anything, its step is done again."""
+    make = lambda folder: make_sft(folder, optim=optim, learning_rate=1e-3, max_steps=4)  # noqa: E731
+    without = Run(make, tmp_path / "without", turbo=True, padding=True)
+    cls, calls = (torch.optim.AdamW if optim == "adamw_torch" else torch.optim.SGD), []
+    stock = cls._init_group
+
+    def faulty(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2 * step + 1:  # two groups, with and without weight decay
+            raise torch.OutOfMemoryError("CUDA out of memory. By intent")
+        return stock(*args)
+
+    monkeypatch.setattr(cls, "_init_group", faulty)
+    faulty = Run(make, tmp_path / "faulty", turbo=True, padding=True)
+    for name, update in without.updates.items():
+        assert torch.equal(update, faulty.updates[name]), name
+
+
+def test_an_optimizer_that_has_begun_is_not_done_again(monkeypatch, tmp_path):
+    """Weights of the second group lack their update: that cannot be taken back."""
+    calls, stock = [], torch.optim.SGD._init_group
+
+    def faulty(*args: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. By intent")
+        return stock(*args)
+
+    monkeypatch.setattr(torch.optim.SGD, "_init_group", faulty)
+    with (
+        hf_turbo.session(padding=True, report=False),
+        pytest.raises(torch.OutOfMemoryError, match="some weights were updated and others were not"),
+    ):
+        make_sft(tmp_path).train()
+
+
+def test_the_report_and_the_logs_tell(faults, tmp_path):
+    faults.fail_at = {"attention": {2}}
+    trainer = make_sft(tmp_path)
+    with hf_turbo.session(padding=True, report=False) as report, pytest.warns(RuntimeWarning, match="out of memory in"):
+        trainer.train()
+    (note,) = [note for note in report.notes if "out of memory" in note]
+    assert note.startswith("step 2: out of memory in model.layers.0.self_attn")
+    assert trainer.state.log_history[1]["turbo/retried_steps"] == 1
+    assert "turbo/retried_steps" not in trainer.state.log_history[0]
+
+
+def test_a_fault_that_stays_is_an_error_that_says_what_to_do(faults, tmp_path):
+    """And what was saved before is whole."""
+    trainer = make_sft(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    faults.fail_at = {"attention": set(range(4, 1000))}
+    with (
+        hf_turbo.session(padding=True, report=False),
+        pytest.raises(torch.OutOfMemoryError, match="nothing is left that would take less"),
+    ):
+        trainer.train()
+    faults.fail_at = {}
+    assert not trainer.model.is_gradient_checkpointing
+    resumed = make_sft(tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize(("more", "options"), [({}, {"memory": "as_is"}), ({"auto_find_batch_size": True}, {})])
+def test_left_to_the_user(more, options, faults, counted, tmp_path):
+    trainer = make_sft(tmp_path, **more)
+    faults.fail_at = {"attention": {0}}
+    with hf_turbo.session(padding=True, report=False, **options):
+        if more:
+            trainer.train()  # with half the batch size
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                trainer.train()
+    assert counted == []
+
+
+def test_notes_of_a_trainer_are_put_back():
+    """Containers stay the same objects; what is of the size of a dataset is left alone."""
+    from collections import defaultdict, deque
+    from types import SimpleNamespace
+
+    metrics = {"train": defaultdict(list, loss=[1.0])}
+    state = SimpleNamespace(tokens=7, log_history=[])
+    trainer = SimpleNamespace(
+        state=state, step=3, metrics=metrics, recent=deque([1, 2], maxlen=4), rows=list(range(20_000)), tags={"a"}
+    )
+    ignored: set[str] = set()
+    notes = retry._Notes(trainer, ignored)
+    assert ignored == {"rows"}
+    trainer.step += 1
+    state.tokens += 5
+    trainer.metrics["train"]["loss"].append(2.0)
+    trainer.metrics["train"]["new"].append(2.0)
+    trainer.recent.extend([3, 4, 5])
+    trainer.tags.add("b")
+    trainer.rows.append(1)
+    notes.restore(trainer)
+    assert (trainer.step, trainer.metrics) == (3, {"train": {"loss": [1.0]}})
+    assert trainer.metrics is metrics
+    assert state.tokens == 7
+    assert list(trainer.recent) == [1, 2]
+    assert trainer.tags == {"a"}
+    assert len(trainer.rows) == 20_001
+
+
+def test_nothing_of_a_failed_pass_is_held(faults, monkeypatch, tmp_path):
+    """The error holds the frames that failed: what they hold has to be free before the step is done again."""
+    import gc
+    import weakref
+
+    alive, left, run = weakref.WeakSet(), [], padding._run
+
+    class Held:
+        pass
+
+    def holding(*args: Any) -> None:
+        held = Held()
+        alive.add(held)
+        run(*args)
+
+    again = retry.Retry._again
+
+    def looked(self: Any) -> Any:
+        gc.collect()
+        left.append(len(alive))
+        return again(self)
+
+    monkeypatch.setattr(padding, "_run", holding)
+    monkeypatch.setattr(retry.Retry, "_again", looked)
+    faults.fail_at = {"attention": {1}}
+    with hf_turbo.session(padding=True, report=False):
+        make_sft(tmp_path).train()
+    assert left == [0]
