@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpointing, device_memory, graphs, kept_layers, padding_conflicts, varlen
+from . import attention_seams, checkpointing, device_memory, graphs, kept_layers, padding_conflicts, varlen
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
@@ -52,6 +52,7 @@ class _State:
     """What is known of one backbone.
 
     Attributes:
+        attention: that its config named when it was patched.
         reason: why it stays stock after all; found in its first pass, or by a gradient at padding.
         tried: whether a flattened pass went through.
         skip: whether the batches of the present step bear labels on padding.
@@ -63,7 +64,8 @@ class _State:
         graphs: recordings of its passes, where they may be recorded.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
+        self.attention = backbone.config._attn_implementation
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
         self.tried = self.skip = False
@@ -170,7 +172,7 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
         return claimed
     if claimed is None:
         state.look()
-    if not is_live() or state.reason or state.skip or state.is_hooked() or not _may_flatten(backbone, kwargs):
+    if not is_live() or state.reason or state.skip or state.is_hooked() or not _may_flatten(backbone, kwargs, state):
         return None
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
@@ -268,7 +270,7 @@ def _run(
     state.count(of)
 
 
-def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
+def _may_flatten(backbone: Any, kwargs: dict[str, Any], state: _State) -> bool:
     """Whether this call is of a training on rows of tokens, and asks for nothing but hidden states."""
     mask, config = kwargs.get("attention_mask"), backbone.config
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -279,7 +281,7 @@ def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
         and inputs.numel() > 0
         and inputs.device.type in padding_conflicts.DEVICES
         and (mask is None or _is_mask(mask, inputs))
-        and config._attn_implementation == varlen.IMPLEMENTATION
+        and config._attn_implementation == state.attention
         and kwargs.get("past_key_values") is None
         and not kwargs.get("use_cache")
         and kwargs.get("return_dict") is not False
@@ -311,7 +313,7 @@ def _is_mask(mask: Any, inputs: torch.Tensor) -> bool:
 
 def backbones(model: nn.Module) -> dict[str, Any]:
     """Text backbones of transformers inside a model, by name."""
-    cls = getattr(sys.modules.get(varlen.MODELS), "PreTrainedModel", None)
+    cls = getattr(sys.modules.get(attention_seams.MODELS), "PreTrainedModel", None)
     return {
         name: module
         for name, module in model.named_modules()
@@ -325,7 +327,8 @@ def backbones(model: nn.Module) -> dict[str, Any]:
 def find(model: nn.Module, *, device_type: str) -> Finding:
     """Class swaps for backbones that may compute flattened batches, and the seam in attention."""
     finding = Finding("padding", "varlen_attention", Exactness.REASSOCIATED)
-    swaps = []
+    swaps: list[Patch] = []
+    seams: dict[Patch, None] = {}
     for name, backbone in backbones(model).items():
         finding.found += 1
         state = _STATES.get(backbone)
@@ -340,9 +343,9 @@ def find(model: nn.Module, *, device_type: str) -> Finding:
             _STATES[backbone] = _State(backbone)
             subclass = same_name_subclass(stock_class(backbone), _make_forward)
             swaps.append(ClassSwap(f"padding:{name}", backbone, subclass))
+            seams.update(dict.fromkeys(attention_seams.seams(backbone)))
         _OF_MODEL.setdefault(model, weakref.WeakSet()).add(backbone)
-    if swaps:
-        finding.patches = [varlen.attention_patch(varlen.registry()), *swaps]
+    finding.patches = [*seams, *swaps]
     return finding
 
 

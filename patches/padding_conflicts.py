@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import varlen
+from . import attention_seams, varlen
 from .engine import forward_of
 from .fingerprint import syntax_tree
 
@@ -32,9 +32,6 @@ def conflict(backbone: Any, device_type: str) -> str | None:
     """Why a backbone stays stock, or None."""
     if device_type not in DEVICES:
         return f"attention by documents has not been measured on {device_type}"
-    implementation = getattr(backbone.config, "_attn_implementation", None)
-    if implementation != varlen.IMPLEMENTATION:
-        return f"attn_implementation is {implementation!r}"
     if "forward" in backbone.__dict__:
         return "an instance forward"
     if any("forward" in module.__dict__ for module in backbone.layers.modules()):
@@ -44,9 +41,10 @@ def conflict(backbone: Any, device_type: str) -> str | None:
     kinds = _rope_types(backbone.config)
     if any("dynamic" in kind or kind == "longrope" for kind in kinds):
         return "its rotary embedding depends on the longest row"
-    registry = varlen.registry()
-    if registry is None or not varlen.attention_patch(registry).can_apply():
-        return "the registry entry 'sdpa' was replaced"
+    try:
+        attention_seams.seams(backbone)
+    except varlen.NotUnderstood as error:
+        return str(error)
     return HookWatch(backbone).conflict() or _mask_conflict(forward_of(type(backbone))) or _windows_conflict(backbone)
 
 

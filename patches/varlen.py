@@ -1,23 +1,17 @@
-"""Attention by documents: the seam between a flattened pass and the attention layers of transformers.
+"""Attention by documents: what a flattened pass hands to the attention layers of transformers, and what they compute.
 
-A layer calls the registry's entry "sdpa" with whatever keyword arguments the backbone was given. Where `documents` is
-among them, attention runs within these (kernels/varlen_attention.py); otherwise the entry is stock.
+A layer calls its attention function with whatever keyword arguments the backbone was given. Where `documents` is among
+them, attention runs within these (kernels/varlen_attention.py); attention_seams.py says how it comes there.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import Any
 
 import torch
 from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
-from .engine import ProcessPatch
-
-IMPLEMENTATION = "sdpa"
-MODELS = "transformers.modeling_utils"
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -56,50 +50,54 @@ class NotUnderstood(Exception):
     """A layer asks for attention that does not run by documents."""
 
 
-def registry() -> Any:
-    """transformers' attention functions by name; None where transformers was not imported."""
-    return getattr(sys.modules.get(MODELS), "AttentionInterface", None)
+def attend(
+    documents: Documents,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of a layer in a flattened pass, within its documents.
 
+    Args:
+        documents: of the pass, T tokens in all; the call is counted there.
+        module: the attention layer.
+        query: [1, H, T, D].
+        key, value: [1, G, T, D].
+        dropout: probability of dropping an attention weight.
+        scaling, is_causal, sliding_window, **kwargs: as transformers' layers call attention functions.
 
-@functools.cache
-def attention_patch(registry: Any) -> ProcessPatch:
-    """The entry of the registry that knows documents."""
-    mapping = registry._global_mapping
-    stock = mapping[IMPLEMENTATION]
+    Returns:
+        [1, T, H, D].
 
-    def attention(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        documents = kwargs.get("documents")
-        if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise NotUnderstood("attention is not causal")
-        for name in _NOT_COMPUTED:
-            if kwargs.get(name) is not None:
-                raise NotUnderstood(f"attention takes {name}")
-        if documents.calls == 0:
-            documents.needs_lengths = needs_lengths(query[0], value[0])
-        documents.calls += 1
-        output = varlen_attention(
-            query[0],
-            key[0],
-            value[0],
-            documents.lengths,
-            starts=documents.starts,
-            longest=documents.longest,
-            scale=scaling,
-            window=kwargs.get("sliding_window"),
-            dropout=dropout,
-        )
-        return output[None], None
-
-    return ProcessPatch("padding:sdpa", mapping, IMPLEMENTATION, attention)
+    Raises:
+        NotUnderstood: the layer asks for something else.
+    """
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotUnderstood("attention is not causal")
+    if key.shape[2] != query.shape[2]:
+        raise NotUnderstood("attention has other keys than those of the tokens")
+    for name in _NOT_COMPUTED:
+        if kwargs.get(name) is not None:
+            raise NotUnderstood(f"attention takes {name}")
+    if documents.calls == 0:
+        documents.needs_lengths = needs_lengths(query[0], value[0])
+    documents.calls += 1
+    output = varlen_attention(
+        query[0],
+        key[0],
+        value[0],
+        documents.lengths,
+        starts=documents.starts,
+        longest=documents.longest,
+        scale=scaling,
+        window=sliding_window,
+        dropout=dropout,
+    )
+    return output[None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_turbo.patches import micro_batches, padding, varlen
+from hf_turbo.patches import attention_seams, micro_batches, padding, varlen
 from torch import nn
 
 import hf_turbo
@@ -108,6 +108,16 @@ def test_with_checkpointing(reentrant):
     check(model, padded(), tiny_model("llama", num_hidden_layers=3), checkpointing="auto")
 
 
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3-moe"])
+def test_eager_attention(family, left):
+    check(tiny_model(family, attn_implementation="eager"), padded((30, 25, 9), left=left))
+
+
+def test_eager_attention_in_16_bits():
+    check(tiny_model("llama", torch.bfloat16, attn_implementation="eager"), padded())
+
+
 def test_with_all_other_patches():
     check(tiny_model("llama"), padded(), **dict.fromkeys(("norms", "mlp", "rope", "loss", "host"), "auto"))
 
@@ -173,9 +183,12 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen2", "phi3"])
-def test_packed_rows(family, monkeypatch):
-    model, inputs = tiny_model(family), packed()
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "qwen2", "phi3")] + [("mistral", "eager")],
+)
+def test_packed_rows(family, attention, monkeypatch):
+    model, inputs = tiny_model(family, attn_implementation=attention), packed()
     loss, gradients = reference64(model, inputs)
     exact, stock = [{"loss": loss, **gradients}], [results(model, inputs)]
     patch(model)
@@ -276,7 +289,7 @@ def test_a_config_that_caches_makes_none_in_training():
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gemma2", {}, "attn_implementation is 'eager'"),
+        ("llama", {"attn_implementation": "flex_attention"}, "attn_implementation is 'flex_attention'"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
     ],
 )
@@ -381,9 +394,10 @@ def test_the_first_token_behind_left_padding():
     assert micro_batches.labels_on_padding(inputs)
 
 
-def test_switched_off_between_forward_and_recomputation():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_switched_off_between_forward_and_recomputation(attention):
     """An error, and not attention of all tokens to all: the layers hold on to a mask that stock cannot use."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", attn_implementation=attention)
     switch_on(model)
     patch(model)
     loss = model(**padded()).loss
@@ -420,6 +434,59 @@ def test_hooks_that_go_by_shape():
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 1.5)  # as NEFTune's
     model(**inputs)
     assert state_of(model).tokens == tokens
+
+
+def weighted(weights: Any) -> Any:
+    """An eager function that does to its scores what no other does."""
+
+    def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        scores = torch.einsum("bhsd,bgtd->bhst", query, key[:, :1]) * scaling + attention_mask
+        return (scores.softmax(-1) * weights @ value[:, :1]).transpose(1, 2), None
+
+    return eager_attention_forward
+
+
+def test_an_unknown_eager_function(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", weighted(0.5))
+    with pytest.raises(RuntimeError, match=r"is not known|was replaced"):
+        patch(tiny_model("llama", attn_implementation="eager"))
+
+
+def test_eager_functions_read_for_the_first_time(monkeypatch):
+    from transformers.models.cwm import modeling_cwm
+
+    monkeypatch.setattr(modeling_cwm, "eager_attention_forward", weighted(0.5))
+    attention = vars(modeling_cwm)["CwmAttention"]
+    with pytest.raises(varlen.NotUnderstood, match="is not known"):
+        attention_seams._eager(*attention_seams._eager_global(attention))
+
+
+def test_attention_weights_of_eager_attention():
+    model, inputs = tiny_model("llama", attn_implementation="eager"), padded()
+    stock = model(**inputs, output_attentions=True)
+    patch(model)
+    model(**inputs)
+    tokens = state_of(model).tokens
+    assert tokens > 0
+    ours = model(**inputs, output_attentions=True)
+    assert state_of(model).tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(ours.attentions, stock.attentions, strict=True))
+
+
+def test_eager_attention_is_reverted():
+    """And the registry has no entry "eager" at any time."""
+    from transformers.modeling_utils import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    model, stock = tiny_model("llama", attn_implementation="eager"), modeling_llama.eager_attention_forward
+    keys = list(AttentionInterface._global_mapping)
+    patch(model)
+    assert modeling_llama.eager_attention_forward is not stock
+    assert list(AttentionInterface._global_mapping) == keys
+    hf_turbo.disable()
+    assert modeling_llama.eager_attention_forward is stock
 
 
 def test_reverted():
