@@ -27,8 +27,8 @@ from .varlen import Documents, NotUnderstood, attend
 MODELS = "transformers.modeling_utils"
 
 # Of transformers 5.17 to 5.23: softmax(scale * q k^T + mask) v of most families, and that of the Gemma families, which
-# caps the scores if it is given a cap.
-_EAGER = {"828ebe6c88fd", "f9088cd612eb"}
+# caps the scores if it is given a softcap.
+_PLAIN, _CAPPED = "828ebe6c88fd", "f9088cd612eb"
 
 
 def seams(backbone: Any) -> list[ProcessPatch]:
@@ -108,7 +108,8 @@ def _eager_global(attention: type) -> tuple[ModuleType, str]:
 def _eager(module: ModuleType, name: str) -> ProcessPatch:
     """Raises NotUnderstood where the function computes anything else than is computed here."""
     stock = vars(module)[name]
-    if fingerprint(stock) not in _EAGER:
+    body = fingerprint(stock)
+    if body not in (_PLAIN, _CAPPED):
         raise NotUnderstood("the eager function of its attention is not known")
 
     def attention(
@@ -128,6 +129,8 @@ def _eager(module: ModuleType, name: str) -> ProcessPatch:
         del kwargs["documents"]
         if not module.training:
             kwargs["dropout"] = 0.0
+        if body == _CAPPED:
+            kwargs["cap"] = kwargs.pop("softcap", None)
         return attend(documents, module, query, key, value, **kwargs), None
 
     return ProcessPatch(f"padding:{module.__name__}.{name}", vars(module), name, attention)

@@ -12,6 +12,7 @@ import torch
 from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
+# Arguments of attention functions; what a layer's own function makes of the first two, its seam says.
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -61,6 +62,7 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    cap: float | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Attention of a layer in a flattened pass, within its documents.
@@ -72,6 +74,7 @@ def attend(
         key, value: [1, G, T, D].
         dropout: probability of dropping an attention weight.
         scaling, is_causal, sliding_window, **kwargs: as transformers' layers call attention functions.
+        cap: of the scores.
 
     Returns:
         [1, T, H, D].
@@ -86,8 +89,10 @@ def attend(
     for name in _NOT_COMPUTED:
         if kwargs.get(name) is not None:
             raise NotUnderstood(f"attention takes {name}")
+    if cap is not None and dropout:
+        raise NotUnderstood("attention caps its scores, and drops weights")
     if documents.calls == 0:
-        documents.needs_lengths = needs_lengths(query[0], value[0])
+        documents.needs_lengths = cap is not None or needs_lengths(query[0], value[0])
     documents.calls += 1
     output = varlen_attention(
         query[0],
@@ -99,5 +104,6 @@ def attend(
         scale=scaling,
         window=sliding_window,
         dropout=dropout,
+        softcap=cap,
     )
     return output[None]

@@ -16,7 +16,6 @@ from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, 
 
 OTHERS = switched_off("padding")
 LENGTHS = (17, 30, 30, 4)
-PATCHED = sorted(set(FAMILIES) - {"gemma2"})
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +88,7 @@ def error_of(some: list[dict[str, torch.Tensor]], exact: list[dict[str, torch.Te
     return (sum(squares) / len(squares)) ** 0.5
 
 
-@pytest.mark.parametrize("family", PATCHED)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("left", [False, True])
 def test_as_exact_as_stock(family, left):
     check(tiny_model(family), padded(left=left))
@@ -114,8 +113,37 @@ def test_eager_attention(family, left):
     check(tiny_model(family, attn_implementation="eager"), padded((30, 25, 9), left=left))
 
 
-def test_eager_attention_in_16_bits():
-    check(tiny_model("llama", torch.bfloat16, attn_implementation="eager"), padded())
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_eager_attention_in_16_bits(family):
+    check(tiny_model(family, torch.bfloat16, attn_implementation="eager"), padded())
+
+
+def test_capped_scores():
+    """So low a cap that nearly all scores come near it, and rows three times as long as the window."""
+    check(tiny_model("gemma2", attn_logit_softcapping=0.2, sliding_window=8), padded((30, 25, 9)))
+
+
+def test_capped_scores_under_autocast():
+    model, inputs = tiny_model("gemma2"), padded()
+    loss, gradients = reference64(model, inputs)
+    exact = [{"loss": loss, **gradients}]
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = [results(model, inputs)]
+        patch(model)
+        ours = [results(model, inputs)]
+    assert state_of(model).tried
+    assert error_of(ours, exact) <= 1.1 * error_of(stock, exact)
+
+
+def test_capped_scores_with_dropout():
+    model, inputs = tiny_model("gemma2", attention_dropout=0.3), padded()
+    torch.manual_seed(3)
+    stock = results(model, inputs)
+    patch(model)
+    torch.manual_seed(3)
+    ours = results(model, inputs)
+    assert state_of(model).reason == "attention caps its scores, and drops weights"
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
 def test_with_all_other_patches():
@@ -185,7 +213,8 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "qwen2", "phi3")] + [("mistral", "eager")],
+    [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "qwen2", "phi3")]
+    + [("mistral", "eager"), ("gemma2", "eager")],
 )
 def test_packed_rows(family, attention, monkeypatch):
     model, inputs = tiny_model(family, attn_implementation=attention), packed()
