@@ -103,25 +103,25 @@ class _Batch(NamedTuple):
     """Documents that are computed together, filled up to the longest.
 
     Attributes:
-        count, longest: documents, and tokens of the longest.
+        documents, longest: how many, and tokens of the longest.
         tokens: [n] of all documents, on the device.
-        slots: [n], where these are among `count * longest`.
+        slots: [n], where these are among `documents * longest`.
     """
 
-    count: int
+    documents: int
     longest: int
     tokens: torch.Tensor
     slots: torch.Tensor
 
     def gather(self, flat: torch.Tensor) -> torch.Tensor:
-        """[heads, T, D] to [count, heads, longest, D], zeros behind each document."""
+        """[heads, T, D] to [documents, heads, longest, D], zeros behind each document."""
         heads, _, width = flat.shape
-        padded = flat.new_zeros(self.count * self.longest, heads, width)
+        padded = flat.new_zeros(self.documents * self.longest, heads, width)
         padded.index_copy_(0, self.slots, flat.transpose(0, 1).index_select(0, self.tokens))
-        return padded.view(self.count, self.longest, heads, width).transpose(1, 2)
+        return padded.view(self.documents, self.longest, heads, width).transpose(1, 2)
 
     def scatter(self, padded: torch.Tensor, into: torch.Tensor) -> None:
-        """[count, heads, longest, D] to their places in [T, heads, D]."""
+        """[documents, heads, longest, D] to their places in [T, heads, D]."""
         rows = padded.transpose(1, 2).flatten(0, 1).index_select(0, self.slots)
         into.index_copy_(0, self.tokens, rows.to(into.dtype))
 
@@ -158,9 +158,9 @@ class _Rows(NamedTuple):
 
     Attributes:
         rows, keys: of each document.
-        weights: [count, G, H / G, rows, keys], wide.
+        weights: [documents, G, H / G, rows, keys], wide.
         tanh: of these scores, of the same shape; None without softcap.
-        sunk: [count, G, H / G, rows, 1], the weights of the sinks; None without.
+        sunk: [documents, G, H / G, rows, 1], the weights of the sinks; None without.
     """
 
     rows: slice
@@ -173,10 +173,13 @@ class _Rows(NamedTuple):
 def _rows_of(
     query: torch.Tensor, key: torch.Tensor, sinks: torch.Tensor | None, options: _Options, keep_tanh: bool
 ) -> Iterator[_Rows]:
-    """All rows of a batch's scores, some at a time; query [count, G, H / G, longest, D], key [count, G, longest, D]."""
-    count, groups, shared, longest, _ = query.shape
+    """All rows of a batch's scores, some at a time.
+
+    query is [documents, G, H / G, longest, D], key [documents, G, longest, D].
+    """
+    documents, groups, shared, longest, _ = query.shape
     wide = torch.promote_types(query.dtype, torch.float32)
-    bound = max(1, _MOST_SCORES // (count * groups * shared * longest))
+    bound = max(1, _MOST_SCORES // (documents * groups * shared * longest))
     step = min(bound, max(_ROWS, -(-longest // 8)))
     position = torch.arange(longest, device=query.device)
     for start in range(0, longest, step):

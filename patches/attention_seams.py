@@ -26,9 +26,9 @@ from .varlen import Documents, NotUnderstood, attend
 
 MODELS = "transformers.modeling_utils"
 
-# Of transformers 5.17 to 5.23: softmax(scale * q k^T + mask) v of most families, and that of the Gemma families, which
-# caps the scores if it is given a softcap.
-_PLAIN, _CAPPED = "828ebe6c88fd", "f9088cd612eb"
+# Of transformers 5.17 to 5.23: softmax(scale * q k^T + mask) v of most families; that of the Gemma families, which caps
+# the scores if it is given a softcap; and that of gpt-oss, which reads the sinks off its module.
+_PLAIN, _CAPPED, _WITH_SINKS = "828ebe6c88fd", "f9088cd612eb", "3073475f7186"
 
 
 def seams(backbone: Any) -> list[ProcessPatch]:
@@ -109,7 +109,7 @@ def _eager(module: ModuleType, name: str) -> ProcessPatch:
     """Raises NotUnderstood where the function computes anything else than is computed here."""
     stock = vars(module)[name]
     body = fingerprint(stock)
-    if body not in (_PLAIN, _CAPPED):
+    if body not in (_PLAIN, _CAPPED, _WITH_SINKS):
         raise NotUnderstood("the eager function of its attention is not known")
 
     def attention(
@@ -131,6 +131,8 @@ def _eager(module: ModuleType, name: str) -> ProcessPatch:
             kwargs["dropout"] = 0.0
         if body == _CAPPED:
             kwargs["cap"] = kwargs.pop("softcap", None)
+        if body == _WITH_SINKS:
+            kwargs["sinks"], kwargs["s_aux"] = module.sinks, None
         return attend(documents, module, query, key, value, **kwargs), None
 
     return ProcessPatch(f"padding:{module.__name__}.{name}", vars(module), name, attention)

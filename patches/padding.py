@@ -32,7 +32,17 @@ import torch
 from torch import nn
 
 from . import attention_seams, checkpointing, device_memory, graphs, kept_layers, padding_conflicts, varlen
-from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    Patch,
+    forward_of,
+    is_live,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
 
@@ -53,6 +63,7 @@ class _State:
 
     Attributes:
         attention: that its config named when it was patched.
+        takes_packed_rows: whether stock keeps the documents of a packed row apart, by the masks that it makes.
         reason: why it stays stock after all; found in its first pass, or by a gradient at padding.
         tried: whether a flattened pass went through.
         skip: whether the batches of the present step bear labels on padding.
@@ -66,6 +77,7 @@ class _State:
 
     def __init__(self, backbone: Any) -> None:
         self.attention = backbone.config._attn_implementation
+        self.takes_packed_rows = padding_conflicts.masks_know_positions(forward_of(type(backbone)))
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
         self.tried = self.skip = False
@@ -293,6 +305,8 @@ def _may_flatten(backbone: Any, kwargs: dict[str, Any], state: _State) -> bool:
         return False
     if mask is None and position_ids is not None and (len(inputs) > 1 or not _keeps_documents_apart(config, kwargs)):
         return False
+    if len(inputs) == 1 and position_ids is not None and not state.takes_packed_rows:
+        return False
     # Anything else that goes by token would have to be flattened too.
     known = _FLATTENED | _OF_LOSS | (_OF_PACKING if mask is None else set())
     return not any(isinstance(value, torch.Tensor) for name, value in kwargs.items() if name not in known)
@@ -436,6 +450,8 @@ def batches_fetched(model: nn.Module, batches: list[Any], plan: Plan | None) -> 
         state.skip, state.step = skip, None
         foreseen = [each for each in micro_batches if each is not None]
         if skip or state.reason or len(foreseen) != len(batches):
+            continue
+        if not state.takes_packed_rows and any(each.rows == 1 and "position_ids" in each.inputs for each in foreseen):
             continue
         state.worst = max([state.worst, *(each.rows * each.columns for each in foreseen)])
         counts = [1] * len(foreseen)

@@ -128,6 +128,22 @@ def _mask_conflict(forward: Callable[..., Any]) -> str | None:
     return None
 
 
+@functools.cache
+def masks_know_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a backbone's forward hands positions to all masks it makes: where they start anew, a document does."""
+    tree = syntax_tree(forward)
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _MASKS:
+            names = {keyword.arg for keyword in node.keywords}
+            if not names & {"position_ids", None}:
+                return False
+        if isinstance(node, ast.Dict):
+            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            if "attention_mask" in keys and "position_ids" not in keys:
+                return False
+    return tree is not None
+
+
 def _windows_conflict(backbone: Any) -> str | None:
     """Why windows of attention would be lost: stock puts them into the mask, here the layers have to name them."""
     if getattr(backbone.config, "use_bidirectional_attention", False):

@@ -12,6 +12,8 @@ import torch
 from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
+from .engine import is_plain
+
 # Arguments of attention functions; what a layer's own function makes of the first two, its seam says.
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
 
@@ -63,6 +65,7 @@ def attend(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Attention of a layer in a flattened pass, within its documents.
@@ -75,6 +78,7 @@ def attend(
         dropout: probability of dropping an attention weight.
         scaling, is_causal, sliding_window, **kwargs: as transformers' layers call attention functions.
         cap: of the scores.
+        sinks: [H], logits that join the softmax.
 
     Returns:
         [1, T, H, D].
@@ -89,10 +93,12 @@ def attend(
     for name in _NOT_COMPUTED:
         if kwargs.get(name) is not None:
             raise NotUnderstood(f"attention takes {name}")
-    if cap is not None and dropout:
-        raise NotUnderstood("attention caps its scores, and drops weights")
+    if dropout and not (cap is None and sinks is None):
+        raise NotUnderstood("attention drops weights, and caps its scores or has sinks")
+    if not is_plain(sinks) or (sinks is not None and sinks.shape != query.shape[1:2]):
+        raise NotUnderstood("attention sinks are not those of the heads")
     if documents.calls == 0:
-        documents.needs_lengths = cap is not None or needs_lengths(query[0], value[0])
+        documents.needs_lengths = cap is not None or sinks is not None or needs_lengths(query[0], value[0])
     documents.calls += 1
     output = varlen_attention(
         query[0],
@@ -105,5 +111,6 @@ def attend(
         window=sliding_window,
         dropout=dropout,
         softcap=cap,
+        sinks=sinks,
     )
     return output[None]

@@ -121,7 +121,7 @@ def test_few_scores_at_a_time(monkeypatch):
 
 def test_documents_of_about_one_length_share_a_batch():
     batches = capped_attention._batches((2000, 10, 1990, 12, 0, 900, 2000), torch.device("cpu"))
-    assert [(each.count, each.longest) for each in batches] == [(3, 2000), (1, 900), (2, 12)]
+    assert [(each.documents, each.longest) for each in batches] == [(3, 2000), (1, 900), (2, 12)]
 
 
 @pytest.mark.parametrize(

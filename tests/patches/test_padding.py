@@ -12,7 +12,16 @@ from hf_turbo.patches import attention_seams, micro_batches, padding, varlen
 from torch import nn
 
 import hf_turbo
-from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, switch_on, switched_off, tiny_model
+from tests.models import (
+    ATTENTION,
+    FAMILIES,
+    VOCABULARY,
+    loss_and_gradients,
+    reference64,
+    switch_on,
+    switched_off,
+    tiny_model,
+)
 
 OTHERS = switched_off("padding")
 LENGTHS = (17, 30, 30, 4)
@@ -88,7 +97,7 @@ def error_of(some: list[dict[str, torch.Tensor]], exact: list[dict[str, torch.Te
     return (sum(squares) / len(squares)) ** 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ATTENTION])
 @pytest.mark.parametrize("left", [False, True])
 def test_as_exact_as_stock(family, left):
     check(tiny_model(family), padded(left=left))
@@ -113,7 +122,7 @@ def test_eager_attention(family, left):
     check(tiny_model(family, attn_implementation="eager"), padded((30, 25, 9), left=left))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
 def test_eager_attention_in_16_bits(family):
     check(tiny_model(family, torch.bfloat16, attn_implementation="eager"), padded())
 
@@ -123,8 +132,17 @@ def test_capped_scores():
     check(tiny_model("gemma2", attn_logit_softcapping=0.2, sliding_window=8), padded((30, 25, 9)))
 
 
-def test_capped_scores_under_autocast():
-    model, inputs = tiny_model("gemma2"), padded()
+def test_sinks_that_take_most_of_the_weight():
+    model = tiny_model("gpt-oss")
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data += 3
+    check(model, padded((30, 25, 9)))
+    assert "model.layers.0.self_attn.sinks" in results(model, padded())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_capped_scores_and_sinks_under_autocast(family):
+    model, inputs = tiny_model(family), padded()
     loss, gradients = reference64(model, inputs)
     exact = [{"loss": loss, **gradients}]
     with torch.autocast("cpu", torch.bfloat16):
@@ -135,14 +153,15 @@ def test_capped_scores_under_autocast():
     assert error_of(ours, exact) <= 1.1 * error_of(stock, exact)
 
 
-def test_capped_scores_with_dropout():
-    model, inputs = tiny_model("gemma2", attention_dropout=0.3), padded()
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_capped_scores_and_sinks_with_dropout(family):
+    model, inputs = tiny_model(family, attention_dropout=0.3), padded()
     torch.manual_seed(3)
     stock = results(model, inputs)
     patch(model)
     torch.manual_seed(3)
     ours = results(model, inputs)
-    assert state_of(model).reason == "attention caps its scores, and drops weights"
+    assert state_of(model).reason == "attention drops weights, and caps its scores or has sinks"
     assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
@@ -214,7 +233,7 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch
 @pytest.mark.parametrize(
     ("family", "attention"),
     [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "qwen2", "phi3")]
-    + [("mistral", "eager"), ("gemma2", "eager")],
+    + [(family, "eager") for family in ("mistral", "gemma2")],
 )
 def test_packed_rows(family, attention, monkeypatch):
     model, inputs = tiny_model(family, attn_implementation=attention), packed()
@@ -243,6 +262,11 @@ def test_no_bit_of_a_packed_document_depends_on_another():
 
 def test_one_document_is_no_packed_row():
     stays_stock(tiny_model("llama"), packed((30,)))
+
+
+def test_packed_rows_of_which_stock_makes_one_document():
+    """gpt-oss makes its masks without looking at positions."""
+    stays_stock(tiny_model("gpt-oss"), packed())
 
 
 def test_where_stock_does_not_keep_documents_apart():
@@ -326,6 +350,18 @@ def test_refused_with_a_reason(family, changes, reason):
     model = tiny_model(family, **changes)
     with pytest.raises(RuntimeError, match=reason):
         patch(model)
+
+
+def test_sinks_that_sdpa_leaves_out():
+    """transformers' sdpa ignores them: whatever it computes, it goes on."""
+    model = tiny_model("gpt-oss")
+    model.config._attn_implementation = "sdpa"
+    inputs = padded()
+    stock = results(model, inputs)
+    patch(model)
+    ours = results(model, inputs)
+    assert state_of(model).reason == "attention takes s_aux"
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
