@@ -25,6 +25,8 @@ from .fingerprint import fingerprint, syntax_tree
 from .varlen import Documents, NotUnderstood, attend
 
 MODELS = "transformers.modeling_utils"
+_FLASH = "transformers.integrations.flash_attention"
+_COMPUTED_HERE = ("sdpa", "eager")
 
 # Of transformers 5.17 to 5.23: softmax(scale * q k^T + mask) v of most families; that of the Gemma families, which caps
 # the scores if it is given a softcap; and that of gpt-oss, which reads the sinks off its module.
@@ -44,10 +46,15 @@ def seams(backbone: Any) -> list[ProcessPatch]:
         classes = dict.fromkeys(type(each.self_attn) for each in backbone.layers if hasattr(each, "self_attn"))
         found = list(dict.fromkeys(_eager(*_eager_global(each)) for each in classes))
     else:
-        raise NotUnderstood(f"attn_implementation is {implementation!r}")
+        found = [_flash(_registry(), implementation)]
     if not all(patch.can_apply() for patch in found):
         raise NotUnderstood(f"the attention function of {implementation!r} was replaced")
     return found
+
+
+def is_computed_here(implementation: str | None) -> bool:
+    """Whether documents are attended to by kernels/varlen_attention.py, and not by the user's own FlashAttention."""
+    return implementation in _COMPUTED_HERE
 
 
 def _registry() -> Any:
@@ -136,3 +143,36 @@ def _eager(module: ModuleType, name: str) -> ProcessPatch:
         return attend(documents, module, query, key, value, **kwargs), None
 
     return ProcessPatch(f"padding:{module.__name__}.{name}", vars(module), name, attention)
+
+
+@functools.cache
+def _flash(registry: Any, implementation: str | None) -> ProcessPatch:
+    """Raises NotUnderstood where the entry is another function."""
+    mapping = registry._global_mapping
+    flash = getattr(sys.modules.get(_FLASH), "flash_attention_forward", None)
+    if flash is None or implementation is None or mapping.get(implementation) is not flash:
+        raise NotUnderstood(f"attn_implementation is {implementation!r}")
+    stock = mapping[implementation]
+
+    def attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        documents = kwargs.get("documents")
+        if not isinstance(documents, Documents):
+            return stock(module, query, key, value, attention_mask, *args, **kwargs)
+        if not query.shape[2] or key.shape[2] != query.shape[2]:
+            raise NotUnderstood("attention has other keys than those of the tokens, or no tokens at all")
+        documents.calls += 1
+        # Positions would be read off the device, in each layer, to find the documents that are given here.
+        kwargs = {name: each for name, each in kwargs.items() if name not in ("documents", "position_ids")}
+        kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = documents.starts
+        kwargs["max_length_q"] = kwargs["max_length_k"] = documents.longest
+        return stock(module, query, key, value, None, *args, **kwargs)
+
+    return ProcessPatch(f"padding:{implementation}", mapping, implementation, attention)

@@ -63,7 +63,8 @@ class _State:
 
     Attributes:
         attention: that its config named when it was patched.
-        takes_packed_rows: whether stock keeps the documents of a packed row apart, by the masks that it makes.
+        takes_packed_rows: whether stock keeps the documents of a packed row apart by the masks that it makes.
+            FlashAttention keeps them apart itself, as it finds them: nothing is gained there, and little known.
         reason: why it stays stock after all; found in its first pass, or by a gradient at padding.
         tried: whether a flattened pass went through.
         skip: whether the batches of the present step bear labels on padding.
@@ -77,7 +78,8 @@ class _State:
 
     def __init__(self, backbone: Any) -> None:
         self.attention = backbone.config._attn_implementation
-        self.takes_packed_rows = padding_conflicts.masks_know_positions(forward_of(type(backbone)))
+        positions = padding_conflicts.masks_know_positions(forward_of(type(backbone)))
+        self.takes_packed_rows = positions and attention_seams.is_computed_here(self.attention)
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
         self.tried = self.skip = False
@@ -256,7 +258,8 @@ def _run(
             state.count(of)
             return
     lengths, device = of.lengths(), of.device
-    documents, mask = varlen.Documents.of(lengths, device), varlen.no_mask(sum(lengths), device)
+    rows = 1 if attention_seams.is_computed_here(state.attention) else 0
+    documents, mask = varlen.Documents.of(lengths, device), varlen.no_mask(sum(lengths), device, rows)
     # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
     arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     before = device_memory.allocated(device) if state.measured < _MEASURED_PASSES else None

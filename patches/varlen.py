@@ -40,13 +40,17 @@ class Documents:
         return cls(lengths, starts.to(device, non_blocking=True), max(lengths))
 
 
-def no_mask(tokens: int, device: torch.device) -> torch.Tensor:
+def no_mask(tokens: int, device: torch.device, rows: int = 1) -> torch.Tensor:
     """What stands for the mask in a flattened pass.
 
     A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
     that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
+
+    Args:
+        rows: 0 for FlashAttention, which would take a mask of any shape for one of two dimensions, and read beyond the
+            tokens; looking for the longest of no rows is an error, and no more than that.
     """
-    return torch.ones(1, 1, 1, tokens + 1, dtype=torch.bool, device=device)
+    return torch.ones(rows, 1, 1, tokens + 1, dtype=torch.bool, device=device)
 
 
 class NotUnderstood(Exception):

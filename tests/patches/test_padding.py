@@ -218,6 +218,120 @@ def test_no_bit_of_a_row_depends_on_another():
     assert not torch.equal(before[0], after[0])
 
 
+# ------------------------------------------------------------------------------------------------ FlashAttention
+
+
+def attended(query: Any, key: Any, value: Any, scale: float, window: int | None, softcap: float | None) -> Any:
+    """Causal attention to one document, [T, H, D]."""
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    key, value = (each.repeat_interleave(len(query) // len(each), 0) for each in (key, value))
+    scores = query @ key.transpose(1, 2) * scale
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    position = torch.arange(query.shape[1])
+    distance = position[:, None] - position
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or len(position))), -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+@pytest.fixture
+def flash(monkeypatch) -> Iterator[list[list[int]]]:
+    """What transformers calls for FlashAttention, which is not installed; lengths of documents of each call."""
+    from transformers.integrations import flash_attention
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    calls = []
+
+    def forward(query: Any, key: Any, value: Any, attention_mask: Any, query_length: int, **kwargs: Any) -> Any:
+        options = [kwargs[name] for name in ("softmax_scale", "sliding_window", "softcap")]
+        starts = kwargs.get("cu_seq_lens_q")
+        if attention_mask is not None:
+            output = torch.zeros_like(query)
+            for row, mask in enumerate(attention_mask.bool()):
+                output[row, mask] = attended(*(each[row, mask] for each in (query, key, value)), *options)
+            return output
+        if starts is None:
+            return torch.stack([attended(*row, *options) for row in zip(query, key, value, strict=True)])
+        lengths = starts.diff().tolist()
+        assert starts.dtype is torch.int32
+        assert torch.equal(starts, kwargs["cu_seq_lens_k"])
+        assert type(kwargs["max_length_q"]) is int
+        assert (kwargs["max_length_q"], kwargs["max_length_k"]) == (max(lengths),) * 2
+        assert kwargs.get("position_ids") is None
+        assert "documents" not in kwargs
+        assert query.shape[:2] == (1, starts[-1])
+        calls.append(lengths)
+        parts = [each[0].split(lengths) for each in (query, key, value)]
+        return torch.cat([attended(*document, *options) for document in zip(*parts, strict=True)])[None]
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", forward)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "us/flash-kernel", flash_attention.flash_attention_forward)
+    masks = AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(masks, "us/flash-kernel", masks["flash_attention_2"])
+    yield calls
+    hf_turbo.disable()  # before the registry loses the name
+
+
+def with_flash(family: str, name: str = "flash_attention_2", **changes: Any) -> Any:
+    model = tiny_model(family, **changes)
+    model.config._attn_implementation = name
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "flash_attention_3"), ("mistral", "flash_attention_2"), ("gemma2", "us/flash-kernel")],
+)
+def test_flash_attention(flash, family, name):
+    check(with_flash(family, name), padded((30, 25, 9)))
+    assert flash == [[30, 25, 9]] * 2 * 4
+
+
+def test_flash_attention_with_left_padding_and_checkpointing(flash):
+    model = with_flash("llama")
+    switch_on(model)
+    check(model, padded(left=True), with_flash("llama"))
+    assert flash == [list(LENGTHS)] * 4 * 4
+
+
+def test_packed_rows_are_left_to_flash_attention(flash):
+    """Positions and all: there is nothing to leave out."""
+    inputs, starts = packed(), torch.tensor([0, 17, 47, 77, 81], dtype=torch.int32)
+    more = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 30, "max_length_k": 30}
+    model = with_flash("llama")
+    patch(model)
+    with pytest.raises(AssertionError, match="position_ids"):  # which transformers passes on, and hf_turbo does not
+        model(**inputs, **more)
+    assert state_of(model).tokens == 0
+
+
+def test_an_entry_that_is_not_flash_attention(monkeypatch):
+    from transformers.modeling_utils import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "us/other-kernel", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="attn_implementation is 'us/other-kernel'"):
+        patch(with_flash("llama", "us/other-kernel"))
+
+
+def test_flash_attention_switched_off_between_forward_and_recomputation(flash, monkeypatch):
+    """transformers' own code for masks, which FlashAttention gets behind."""
+    from transformers import modeling_flash_attention_utils as utils
+    from transformers.integrations import flash_attention
+
+    model = with_flash("llama")
+    switch_on(model)
+    patch(model)
+    loss = model(**padded()).loss
+    hf_turbo.disable()
+
+    def forward(query: Any, key: Any, value: Any, attention_mask: Any, query_length: int, **kwargs: Any) -> Any:
+        return utils._upad_input(query, key, value, attention_mask, query_length, utils._unpad_input)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", forward)
+    with pytest.raises((RuntimeError, IndexError), match=r"max\(\)"):
+        loss.backward()
+
+
 # ------------------------------------------------------------------------------------------------ packed by the script
 
 
