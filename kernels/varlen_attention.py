@@ -14,6 +14,8 @@ query heads on 8 key heads of 128, bf16, forward and backward, microseconds):
 * torch's FlashAttention for documents of any lengths, in one call: on CUDA, in 16 bits.
 * `scaled_dot_product_attention`, runs of equal length in one call: where all documents are of one length, and
   everywhere else. A window shorter than a document takes a mask of that document's length squared.
+
+Capped scores and attention sinks neither of them computes: capped_attention.py does.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+
+from .capped_attention import capped_attention
 
 
 def varlen_attention(
@@ -39,6 +43,8 @@ def varlen_attention(
     causal: bool = True,
     window: int | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within documents.
 
@@ -54,25 +60,34 @@ def varlen_attention(
         causal: tokens see only themselves and what is before them.
         window: with `causal`, the number of tokens that one sees, itself included; None for all.
         dropout: probability of dropping an attention weight, from torch's generator.
+        softcap: scores s become softcap * tanh(s / softcap); None to leave them.
+        sinks: [H], a logit for each query head that joins the softmax, and takes weight from the tokens; None for none.
 
     Returns:
         [T, H, D], contiguous, in the dtype of `query`.
 
     Raises:
-        ValueError: shapes that do not fit, a window without `causal`, or lengths that have to be known here.
+        ValueError: shapes that do not fit, a window without `causal`, lengths that have to be known here, or softcap or
+            sinks without `causal` or with dropout.
     """
     heads, tokens, _ = query.shape
     if key.shape != value.shape[:2] + query.shape[2:] or key.shape[1] != tokens or heads % key.shape[0]:
         raise ValueError(f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit")
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} tokens needs causal attention and at least one token")
-    by_flash = _flash_can(query, value)
+    is_capped = softcap is not None or sinks is not None
+    if is_capped and (not causal or dropout):
+        raise ValueError("softcap and sinks need causal attention and no dropout")
+    by_flash = not is_capped and _flash_can(query, value)
     if lengths is None:
         if not by_flash or starts is None or longest is None:
-            raise ValueError("lengths=None needs starts, longest, and heads that FlashAttention takes")
+            raise ValueError("lengths=None needs starts, longest, and what FlashAttention takes")
         return _flash(query, key, value, starts, longest, scale, causal, window, dropout)
     if sum(lengths) != tokens or any(length < 0 for length in lengths):
         raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
+    if is_capped:
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return capped_attention(query, key, value, lengths, scale=scale, window=window, softcap=softcap, sinks=sinks)
     if by_flash and not (window is None and len(set(lengths)) == 1):
         if starts is None:
             starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import device_memory, kept_layers, lora, recomputation, varlen
+from . import attention_seams, device_memory, kept_layers, lora, recomputation, varlen
 from .engine import is_plain
 from .micro_batches import GRAIN, Pass
 from .padding_conflicts import dropouts
@@ -556,4 +556,6 @@ def conflict(backbone: Any, device_type: str) -> str | None:
         return "8-bit weights: bitsandbytes waits for the device"
     if any(p > 0 for p in dropouts(backbone)):
         return "dropout draws random numbers"
+    if not attention_seams.is_computed_here(getattr(backbone.config, "_attn_implementation", None)):
+        return "it has an attention of its own"
     return None

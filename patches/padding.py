@@ -31,8 +31,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpointing, device_memory, graphs, kept_layers, padding_conflicts, sharded, varlen
-from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_swapped, same_name_subclass, stock_class
+from . import attention_seams, checkpointing, device_memory, graphs, kept_layers, padding_conflicts, sharded, varlen
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    Patch,
+    forward_of,
+    is_live,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
 from .micro_batches import MicroBatch, Pass, Step, foresee, labels_on_padding
 from .recomputation import random_states, set_random_states
 
@@ -52,6 +62,9 @@ class _State:
     """What is known of one backbone.
 
     Attributes:
+        attention: that its config named when it was patched.
+        takes_packed_rows: whether stock keeps the documents of a packed row apart by the masks that it makes.
+            FlashAttention keeps them apart itself, as it finds them: nothing is gained there, and little known.
         reason: why it stays stock after all; found in its first pass, or by a gradient at padding.
         tried: whether a flattened pass went through.
         skip: whether the batches of the present step bear labels on padding.
@@ -65,7 +78,10 @@ class _State:
         graphs: recordings of its passes, where they may be recorded.
     """
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
+        self.attention = backbone.config._attn_implementation
+        positions = padding_conflicts.masks_know_positions(forward_of(type(backbone)))
+        self.takes_packed_rows = positions and attention_seams.is_computed_here(self.attention)
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
         self.tried = self.skip = self.in_step = False
@@ -178,8 +194,8 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
     if claimed is None:
         state.look()
     # What began goes on to the end of its step: other processes count on it where weights are sharded.
-    is_off = state.skip or (state.reason and claimed is None)
-    if not is_live() or is_off or state.is_hooked() or not backbone.training or not _may_flatten(backbone, kwargs):
+    is_off = not is_live() or not backbone.training or state.skip or (state.reason and claimed is None)
+    if is_off or state.is_hooked() or not _may_flatten(backbone, kwargs, state):
         return None
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
@@ -195,7 +211,7 @@ def _without_gradients(
     or of the policy as it was. None where stock computes it."""
     if not (is_live() and state.in_step) or state.reason or state.skip or state.is_hooked():
         return None
-    if not _may_flatten(backbone, kwargs):
+    if not _may_flatten(backbone, kwargs, state):
         return None
     foreseen = (each for each in state.foreseen if each.is_called_with(kwargs))
     of = Pass([next(foreseen, None) or _micro_batch(kwargs)], state.gradient_at_padding)
@@ -223,7 +239,8 @@ def _flattened(
         NotUnderstood: it turns out that it cannot be done.
     """
     lengths = of.lengths()
-    documents, mask = varlen.Documents.of(lengths, of.device), varlen.no_mask(sum(lengths), of.device)
+    rows = 1 if attention_seams.is_computed_here(state.attention) else 0
+    documents, mask = varlen.Documents.of(lengths, of.device), varlen.no_mask(sum(lengths), of.device, rows)
     # The config's default may be a cache, where a plain loop leaves it on: nobody generates from this pass.
     arguments = {**rest, **of.arguments(kwargs), "attention_mask": mask, "documents": documents, "use_cache": False}
     output = stock(backbone, **arguments)
@@ -318,7 +335,7 @@ def _run(
     state.count(of)
 
 
-def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
+def _may_flatten(backbone: Any, kwargs: dict[str, Any], state: _State) -> bool:
     """Whether this call is one on rows of tokens, and asks for nothing but hidden states."""
     mask, config = kwargs.get("attention_mask"), backbone.config
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -328,7 +345,7 @@ def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
         and inputs.numel() > 0
         and inputs.device.type in padding_conflicts.DEVICES
         and (mask is None or _is_mask(mask, inputs))
-        and config._attn_implementation == varlen.IMPLEMENTATION
+        and config._attn_implementation == state.attention
         and kwargs.get("past_key_values") is None
         and not kwargs.get("use_cache")
         and kwargs.get("return_dict") is not False
@@ -339,6 +356,8 @@ def _may_flatten(backbone: Any, kwargs: dict[str, Any]) -> bool:
     if position_ids is not None and not (position_ids.ndim == 2 and position_ids.shape[1] == inputs.shape[1]):
         return False
     if mask is None and position_ids is not None and (len(inputs) > 1 or not _keeps_documents_apart(config, kwargs)):
+        return False
+    if len(inputs) == 1 and position_ids is not None and not state.takes_packed_rows:
         return False
     # Anything else that goes by token would have to be flattened too.
     known = _FLATTENED | _OF_LOSS | (_OF_PACKING if mask is None else set())
@@ -360,7 +379,7 @@ def _is_mask(mask: Any, inputs: torch.Tensor) -> bool:
 
 def backbones(model: nn.Module) -> dict[str, Any]:
     """Text backbones of transformers inside a model, by name."""
-    cls = getattr(sys.modules.get(varlen.MODELS), "PreTrainedModel", None)
+    cls = getattr(sys.modules.get(attention_seams.MODELS), "PreTrainedModel", None)
     return {
         name: module
         for name, module in model.named_modules()
@@ -374,7 +393,8 @@ def backbones(model: nn.Module) -> dict[str, Any]:
 def find(model: nn.Module, *, device_type: str) -> Finding:
     """Class swaps for backbones that may compute flattened batches, and the seam in attention."""
     finding = Finding("padding", "varlen_attention", Exactness.REASSOCIATED)
-    swaps = []
+    swaps: list[Patch] = []
+    seams: dict[Patch, None] = {}
     for name, backbone in backbones(model).items():
         finding.found += 1
         state = _STATES.get(backbone)
@@ -389,9 +409,9 @@ def find(model: nn.Module, *, device_type: str) -> Finding:
             _STATES[backbone] = _State(backbone)
             subclass = same_name_subclass(stock_class(backbone), _make_forward)
             swaps.append(ClassSwap(f"padding:{name}", backbone, subclass))
+            seams.update(dict.fromkeys(attention_seams.seams(backbone)))
         _OF_MODEL.setdefault(model, weakref.WeakSet()).add(backbone)
-    if swaps:
-        finding.patches = [varlen.attention_patch(varlen.registry()), *swaps]
+    finding.patches = [*seams, *swaps]
     return finding
 
 
@@ -503,7 +523,9 @@ def batches_fetched(
                 stacklevel=2,
             )
         state.step = None
-        is_foreseen = not skip and not state.reason and len(state.foreseen) == len(batches)
+        packed = any(each.rows == 1 and "position_ids" in each.inputs for each in state.foreseen)
+        is_foreseen = len(state.foreseen) == len(batches) and (state.takes_packed_rows or not packed)
+        is_foreseen = is_foreseen and not skip and not state.reason
         state.worst = max([state.worst, *(each.rows * each.columns for each in state.foreseen)])
         counts = [1] * len(batches)
         if plan is not None:  # where others plan, too, it is asked whatever comes of it

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from . import varlen
+from . import attention_seams, varlen
 from .engine import forward_of
 from .fingerprint import syntax_tree
 
@@ -33,9 +33,6 @@ def conflict(backbone: Any, device_type: str) -> str | None:
     """Why a backbone stays stock, or None."""
     if device_type not in DEVICES:
         return f"attention by documents has not been measured on {device_type}"
-    implementation = getattr(backbone.config, "_attn_implementation", None)
-    if implementation != varlen.IMPLEMENTATION:
-        return f"attn_implementation is {implementation!r}"
     if "forward" in backbone.__dict__:
         return "an instance forward"
     if any("forward" in module.__dict__ for module in backbone.layers.modules()):
@@ -45,9 +42,10 @@ def conflict(backbone: Any, device_type: str) -> str | None:
     kinds = _rope_types(backbone.config)
     if any("dynamic" in kind or kind == "longrope" for kind in kinds):
         return "its rotary embedding depends on the longest row"
-    registry = varlen.registry()
-    if registry is None or not varlen.attention_patch(registry).can_apply():
-        return "the registry entry 'sdpa' was replaced"
+    try:
+        attention_seams.seams(backbone)
+    except varlen.NotUnderstood as error:
+        return str(error)
     return HookWatch(backbone).conflict() or _mask_conflict(forward_of(type(backbone))) or _windows_conflict(backbone)
 
 
@@ -133,6 +131,22 @@ def _mask_conflict(forward: Callable[..., Any]) -> str | None:
         if reads and id(node) not in allowed:
             return "it reads the mask itself"
     return None
+
+
+@functools.cache
+def masks_know_positions(forward: Callable[..., Any]) -> bool:
+    """Whether a backbone's forward hands positions to all masks it makes: where they start anew, a document does."""
+    tree = syntax_tree(forward)
+    for node in ast.walk(tree) if tree is not None else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _MASKS:
+            names = {keyword.arg for keyword in node.keywords}
+            if not names & {"position_ids", None}:
+                return False
+        if isinstance(node, ast.Dict):
+            keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+            if "attention_mask" in keys and "position_ids" not in keys:
+                return False
+    return tree is not None
 
 
 def _windows_conflict(backbone: Any) -> str | None:

@@ -1,23 +1,20 @@
-"""Attention by documents: the seam between a flattened pass and the attention layers of transformers.
+"""Attention by documents: what a flattened pass hands to the attention layers of transformers, and what they compute.
 
-A layer calls the registry's entry "sdpa" with whatever keyword arguments the backbone was given. Where `documents` is
-among them, attention runs within these (kernels/varlen_attention.py); otherwise the entry is stock.
+A layer calls its attention function with whatever keyword arguments the backbone was given. Where `documents` is among
+them, attention runs within these (kernels/varlen_attention.py); attention_seams.py says how it comes there.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
 from typing import Any
 
 import torch
 from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
-from .engine import ProcessPatch
+from .engine import is_plain
 
-IMPLEMENTATION = "sdpa"
-MODELS = "transformers.modeling_utils"
+# Arguments of attention functions; what a layer's own function makes of the first two, its seam says.
 _NOT_COMPUTED = ("softcap", "s_aux", "position_bias", "cache")
 
 
@@ -43,63 +40,81 @@ class Documents:
         return cls(lengths, starts.to(device, non_blocking=True), max(lengths))
 
 
-def no_mask(tokens: int, device: torch.device) -> torch.Tensor:
+def no_mask(tokens: int, device: torch.device, rows: int = 1) -> torch.Tensor:
     """What stands for the mask in a flattened pass.
 
     A mask of four dimensions is taken for one that is made already, and handed to the layers. It fits no scores, so
     that stock attention, should it get it after all (switched off before a layer is recomputed), does not go wrong.
+
+    Args:
+        rows: 0 for FlashAttention, which would take a mask of any shape for one of two dimensions, and read beyond the
+            tokens; looking for the longest of no rows is an error, and no more than that.
     """
-    return torch.ones(1, 1, 1, tokens + 1, dtype=torch.bool, device=device)
+    return torch.ones(rows, 1, 1, tokens + 1, dtype=torch.bool, device=device)
 
 
 class NotUnderstood(Exception):
     """A layer asks for attention that does not run by documents."""
 
 
-def registry() -> Any:
-    """transformers' attention functions by name; None where transformers was not imported."""
-    return getattr(sys.modules.get(MODELS), "AttentionInterface", None)
+def attend(
+    documents: Documents,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attention of a layer in a flattened pass, within its documents.
 
+    Args:
+        documents: of the pass, T tokens in all; the call is counted there.
+        module: the attention layer.
+        query: [1, H, T, D].
+        key, value: [1, G, T, D].
+        dropout: probability of dropping an attention weight.
+        scaling, is_causal, sliding_window, **kwargs: as transformers' layers call attention functions.
+        cap: of the scores.
+        sinks: [H], logits that join the softmax.
 
-@functools.cache
-def attention_patch(registry: Any) -> ProcessPatch:
-    """The entry of the registry that knows documents."""
-    mapping = registry._global_mapping
-    stock = mapping[IMPLEMENTATION]
+    Returns:
+        [1, T, H, D].
 
-    def attention(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        documents = kwargs.get("documents")
-        if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-        if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            raise NotUnderstood("attention is not causal")
-        for name in _NOT_COMPUTED:
-            if kwargs.get(name) is not None:
-                raise NotUnderstood(f"attention takes {name}")
-        if documents.calls == 0:
-            documents.needs_lengths = needs_lengths(query[0], value[0])
-        documents.calls += 1
-        output = varlen_attention(
-            query[0],
-            key[0],
-            value[0],
-            documents.lengths,
-            starts=documents.starts,
-            longest=documents.longest,
-            scale=scaling,
-            window=kwargs.get("sliding_window"),
-            dropout=dropout,
-        )
-        return output[None], None
-
-    return ProcessPatch("padding:sdpa", mapping, IMPLEMENTATION, attention)
+    Raises:
+        NotUnderstood: the layer asks for something else.
+    """
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise NotUnderstood("attention is not causal")
+    if key.shape[2] != query.shape[2]:
+        raise NotUnderstood("attention has other keys than those of the tokens")
+    for name in _NOT_COMPUTED:
+        if kwargs.get(name) is not None:
+            raise NotUnderstood(f"attention takes {name}")
+    if dropout and not (cap is None and sinks is None):
+        raise NotUnderstood("attention drops weights, and caps its scores or has sinks")
+    if not is_plain(sinks) or (sinks is not None and sinks.shape != query.shape[1:2]):
+        raise NotUnderstood("attention sinks are not those of the heads")
+    if documents.calls == 0:
+        documents.needs_lengths = cap is not None or sinks is not None or needs_lengths(query[0], value[0])
+    documents.calls += 1
+    output = varlen_attention(
+        query[0],
+        key[0],
+        value[0],
+        documents.lengths,
+        starts=documents.starts,
+        longest=documents.longest,
+        scale=scaling,
+        window=sliding_window,
+        dropout=dropout,
+        softcap=cap,
+        sinks=sinks,
+    )
+    return output[None]

@@ -51,13 +51,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "cohere2": ("cohere2", "Cohere2", {"logit_scale": 0.25}),
 }
 
+# Families of which attention alone is looked at.
+ATTENTION = {"gpt-oss": ("gpt_oss", "GptOss", {**_EXPERTS, "sliding_window": 8, "attn_implementation": "eager"})}
+
 # Roles that hf_turbo leaves stock in a family: Cohere rotates in fp32 by a body of its own; experts are no MLP modules.
 STOCK_ROLES = {"cohere2": {"rope"}, "mixtral": {"mlp"}, "qwen3-moe": {"mlp"}}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A CausalLM of the family with random weights, norm weights included, in training mode."""
-    module, prefix, extra = FAMILIES[family]
+    module, prefix, extra = {**FAMILIES, **ATTENTION}[family]
     configuration = importlib.import_module(f"transformers.models.{module}.configuration_{module}")
     modelling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
     config_cls = next(

@@ -8,15 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from hf_turbo.patches import micro_batches, padding, varlen
+from hf_turbo.patches import attention_seams, micro_batches, padding, varlen
 from torch import nn
 
 import hf_turbo
-from tests.models import FAMILIES, VOCABULARY, loss_and_gradients, reference64, switch_on, switched_off, tiny_model
+from tests.models import (
+    ATTENTION,
+    FAMILIES,
+    VOCABULARY,
+    loss_and_gradients,
+    reference64,
+    switch_on,
+    switched_off,
+    tiny_model,
+)
 
 OTHERS = switched_off("padding")
 LENGTHS = (17, 30, 30, 4)
-PATCHED = sorted(set(FAMILIES) - {"gemma2"})
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +97,7 @@ def error_of(some: list[dict[str, torch.Tensor]], exact: list[dict[str, torch.Te
     return (sum(squares) / len(squares)) ** 0.5
 
 
-@pytest.mark.parametrize("family", PATCHED)
+@pytest.mark.parametrize("family", [*FAMILIES, *ATTENTION])
 @pytest.mark.parametrize("left", [False, True])
 def test_as_exact_as_stock(family, left):
     check(tiny_model(family), padded(left=left))
@@ -106,6 +114,55 @@ def test_with_checkpointing(reentrant):
     model = tiny_model("llama", num_hidden_layers=3)
     switch_on(model, reentrant)
     check(model, padded(), tiny_model("llama", num_hidden_layers=3), checkpointing="auto")
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen3-moe"])
+def test_eager_attention(family, left):
+    check(tiny_model(family, attn_implementation="eager"), padded((30, 25, 9), left=left))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+def test_eager_attention_in_16_bits(family):
+    check(tiny_model(family, torch.bfloat16, attn_implementation="eager"), padded())
+
+
+def test_capped_scores():
+    """So low a cap that nearly all scores come near it, and rows three times as long as the window."""
+    check(tiny_model("gemma2", attn_logit_softcapping=0.2, sliding_window=8), padded((30, 25, 9)))
+
+
+def test_sinks_that_take_most_of_the_weight():
+    model = tiny_model("gpt-oss")
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data += 3
+    check(model, padded((30, 25, 9)))
+    assert "model.layers.0.self_attn.sinks" in results(model, padded())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_capped_scores_and_sinks_under_autocast(family):
+    model, inputs = tiny_model(family), padded()
+    loss, gradients = reference64(model, inputs)
+    exact = [{"loss": loss, **gradients}]
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = [results(model, inputs)]
+        patch(model)
+        ours = [results(model, inputs)]
+    assert state_of(model).tried
+    assert error_of(ours, exact) <= 1.1 * error_of(stock, exact)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_capped_scores_and_sinks_with_dropout(family):
+    model, inputs = tiny_model(family, attention_dropout=0.3), padded()
+    torch.manual_seed(3)
+    stock = results(model, inputs)
+    patch(model)
+    torch.manual_seed(3)
+    ours = results(model, inputs)
+    assert state_of(model).reason == "attention drops weights, and caps its scores or has sinks"
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
 def test_with_all_other_patches():
@@ -161,6 +218,120 @@ def test_no_bit_of_a_row_depends_on_another():
     assert not torch.equal(before[0], after[0])
 
 
+# ------------------------------------------------------------------------------------------------ FlashAttention
+
+
+def attended(query: Any, key: Any, value: Any, scale: float, window: int | None, softcap: float | None) -> Any:
+    """Causal attention to one document, [T, H, D]."""
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    key, value = (each.repeat_interleave(len(query) // len(each), 0) for each in (key, value))
+    scores = query @ key.transpose(1, 2) * scale
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    position = torch.arange(query.shape[1])
+    distance = position[:, None] - position
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or len(position))), -torch.inf)
+    return (scores.softmax(-1) @ value).transpose(0, 1)
+
+
+@pytest.fixture
+def flash(monkeypatch) -> Iterator[list[list[int]]]:
+    """What transformers calls for FlashAttention, which is not installed; lengths of documents of each call."""
+    from transformers.integrations import flash_attention
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    calls = []
+
+    def forward(query: Any, key: Any, value: Any, attention_mask: Any, query_length: int, **kwargs: Any) -> Any:
+        options = [kwargs[name] for name in ("softmax_scale", "sliding_window", "softcap")]
+        starts = kwargs.get("cu_seq_lens_q")
+        if attention_mask is not None:
+            output = torch.zeros_like(query)
+            for row, mask in enumerate(attention_mask.bool()):
+                output[row, mask] = attended(*(each[row, mask] for each in (query, key, value)), *options)
+            return output
+        if starts is None:
+            return torch.stack([attended(*row, *options) for row in zip(query, key, value, strict=True)])
+        lengths = starts.diff().tolist()
+        assert starts.dtype is torch.int32
+        assert torch.equal(starts, kwargs["cu_seq_lens_k"])
+        assert type(kwargs["max_length_q"]) is int
+        assert (kwargs["max_length_q"], kwargs["max_length_k"]) == (max(lengths),) * 2
+        assert kwargs.get("position_ids") is None
+        assert "documents" not in kwargs
+        assert query.shape[:2] == (1, starts[-1])
+        calls.append(lengths)
+        parts = [each[0].split(lengths) for each in (query, key, value)]
+        return torch.cat([attended(*document, *options) for document in zip(*parts, strict=True)])[None]
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", forward)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "us/flash-kernel", flash_attention.flash_attention_forward)
+    masks = AttentionMaskInterface._global_mapping
+    monkeypatch.setitem(masks, "us/flash-kernel", masks["flash_attention_2"])
+    yield calls
+    hf_turbo.disable()  # before the registry loses the name
+
+
+def with_flash(family: str, name: str = "flash_attention_2", **changes: Any) -> Any:
+    model = tiny_model(family, **changes)
+    model.config._attn_implementation = name
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama", "flash_attention_3"), ("mistral", "flash_attention_2"), ("gemma2", "us/flash-kernel")],
+)
+def test_flash_attention(flash, family, name):
+    check(with_flash(family, name), padded((30, 25, 9)))
+    assert flash == [[30, 25, 9]] * 2 * 4
+
+
+def test_flash_attention_with_left_padding_and_checkpointing(flash):
+    model = with_flash("llama")
+    switch_on(model)
+    check(model, padded(left=True), with_flash("llama"))
+    assert flash == [list(LENGTHS)] * 4 * 4
+
+
+def test_packed_rows_are_left_to_flash_attention(flash):
+    """Positions and all: there is nothing to leave out."""
+    inputs, starts = packed(), torch.tensor([0, 17, 47, 77, 81], dtype=torch.int32)
+    more = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 30, "max_length_k": 30}
+    model = with_flash("llama")
+    patch(model)
+    with pytest.raises(AssertionError, match="position_ids"):  # which transformers passes on, and hf_turbo does not
+        model(**inputs, **more)
+    assert state_of(model).tokens == 0
+
+
+def test_an_entry_that_is_not_flash_attention(monkeypatch):
+    from transformers.modeling_utils import AttentionInterface
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "us/other-kernel", lambda *args, **kwargs: None)
+    with pytest.raises(RuntimeError, match="attn_implementation is 'us/other-kernel'"):
+        patch(with_flash("llama", "us/other-kernel"))
+
+
+def test_flash_attention_switched_off_between_forward_and_recomputation(flash, monkeypatch):
+    """transformers' own code for masks, which FlashAttention gets behind."""
+    from transformers import modeling_flash_attention_utils as utils
+    from transformers.integrations import flash_attention
+
+    model = with_flash("llama")
+    switch_on(model)
+    patch(model)
+    loss = model(**padded()).loss
+    hf_turbo.disable()
+
+    def forward(query: Any, key: Any, value: Any, attention_mask: Any, query_length: int, **kwargs: Any) -> Any:
+        return utils._upad_input(query, key, value, attention_mask, query_length, utils._unpad_input)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", forward)
+    with pytest.raises((RuntimeError, IndexError), match=r"max\(\)"):
+        loss.backward()
+
+
 # ------------------------------------------------------------------------------------------------ packed by the script
 
 
@@ -173,9 +344,13 @@ def packed(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> dict[str, torch
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "use_cache": False}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3", "qwen2", "phi3"])
-def test_packed_rows(family, monkeypatch):
-    model, inputs = tiny_model(family), packed()
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [(family, "sdpa") for family in ("llama", "mistral", "gemma3", "qwen2", "phi3")]
+    + [(family, "eager") for family in ("mistral", "gemma2")],
+)
+def test_packed_rows(family, attention, monkeypatch):
+    model, inputs = tiny_model(family, attn_implementation=attention), packed()
     loss, gradients = reference64(model, inputs)
     exact, stock = [{"loss": loss, **gradients}], [results(model, inputs)]
     patch(model)
@@ -201,6 +376,11 @@ def test_no_bit_of_a_packed_document_depends_on_another():
 
 def test_one_document_is_no_packed_row():
     stays_stock(tiny_model("llama"), packed((30,)))
+
+
+def test_packed_rows_of_which_stock_makes_one_document():
+    """gpt-oss makes its masks without looking at positions."""
+    stays_stock(tiny_model("gpt-oss"), packed())
 
 
 def test_where_stock_does_not_keep_documents_apart():
@@ -276,7 +456,7 @@ def test_a_config_that_caches_makes_none_in_training():
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("gemma2", {}, "attn_implementation is 'eager'"),
+        ("llama", {"attn_implementation": "flex_attention"}, "attn_implementation is 'flex_attention'"),
         ("gemma3", {"use_bidirectional_attention": True}, "bidirectional"),
     ],
 )
@@ -284,6 +464,18 @@ def test_refused_with_a_reason(family, changes, reason):
     model = tiny_model(family, **changes)
     with pytest.raises(RuntimeError, match=reason):
         patch(model)
+
+
+def test_sinks_that_sdpa_leaves_out():
+    """transformers' sdpa ignores them: whatever it computes, it goes on."""
+    model = tiny_model("gpt-oss")
+    model.config._attn_implementation = "sdpa"
+    inputs = padded()
+    stock = results(model, inputs)
+    patch(model)
+    ours = results(model, inputs)
+    assert state_of(model).reason == "attention takes s_aux"
+    assert all(torch.equal(ours[name], stock[name]) for name in stock)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
@@ -381,9 +573,10 @@ def test_the_first_token_behind_left_padding():
     assert micro_batches.labels_on_padding(inputs)
 
 
-def test_switched_off_between_forward_and_recomputation():
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_switched_off_between_forward_and_recomputation(attention):
     """An error, and not attention of all tokens to all: the layers hold on to a mask that stock cannot use."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", attn_implementation=attention)
     switch_on(model)
     patch(model)
     loss = model(**padded()).loss
@@ -420,6 +613,59 @@ def test_hooks_that_go_by_shape():
     model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * 1.5)  # as NEFTune's
     model(**inputs)
     assert state_of(model).tokens == tokens
+
+
+def weighted(weights: Any) -> Any:
+    """An eager function that does to its scores what no other does."""
+
+    def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+        scores = torch.einsum("bhsd,bgtd->bhst", query, key[:, :1]) * scaling + attention_mask
+        return (scores.softmax(-1) * weights @ value[:, :1]).transpose(1, 2), None
+
+    return eager_attention_forward
+
+
+def test_an_unknown_eager_function(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", weighted(0.5))
+    with pytest.raises(RuntimeError, match=r"is not known|was replaced"):
+        patch(tiny_model("llama", attn_implementation="eager"))
+
+
+def test_eager_functions_read_for_the_first_time(monkeypatch):
+    from transformers.models.cwm import modeling_cwm
+
+    monkeypatch.setattr(modeling_cwm, "eager_attention_forward", weighted(0.5))
+    attention = vars(modeling_cwm)["CwmAttention"]
+    with pytest.raises(varlen.NotUnderstood, match="is not known"):
+        attention_seams._eager(*attention_seams._eager_global(attention))
+
+
+def test_attention_weights_of_eager_attention():
+    model, inputs = tiny_model("llama", attn_implementation="eager"), padded()
+    stock = model(**inputs, output_attentions=True)
+    patch(model)
+    model(**inputs)
+    tokens = state_of(model).tokens
+    assert tokens > 0
+    ours = model(**inputs, output_attentions=True)
+    assert state_of(model).tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(ours.attentions, stock.attentions, strict=True))
+
+
+def test_eager_attention_is_reverted():
+    """And the registry has no entry "eager" at any time."""
+    from transformers.modeling_utils import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    model, stock = tiny_model("llama", attn_implementation="eager"), modeling_llama.eager_attention_forward
+    keys = list(AttentionInterface._global_mapping)
+    patch(model)
+    assert modeling_llama.eager_attention_forward is not stock
+    assert list(AttentionInterface._global_mapping) == keys
+    hf_turbo.disable()
+    assert modeling_llama.eager_attention_forward is stock
 
 
 def test_reverted():
