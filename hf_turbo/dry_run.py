@@ -176,10 +176,10 @@ def _allocated(tensor: torch.Tensor) -> int:
     return -(-tensor.untyped_storage().nbytes() // ALLOCATION) * ALLOCATION
 
 
-# -------------------------------------------------------------------------------------------------------------- the step
+# ------------------------------------------------------------------------------------------------------------- the step
 
 
-class _Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):
     """Adds up the storages that operators make and that are alive.
 
     Attributes:
@@ -194,10 +194,8 @@ class _Ledger(TorchDispatchMode):
         self._entries: dict[int, tuple[weakref.ref[Any], str, int]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() != -1:
-            # Gradients that meet are added in place, but for modes like this one.
-            if not torch.is_grad_enabled() and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
-                function = torch.ops.aten.add_.Tensor
+        if function is torch.ops.aten.add.Tensor and _adds_gradients(*args):
+            function = torch.ops.aten.add_.Tensor
         result = function(*args, **(kwargs or {}))
         for each in result if isinstance(result, (tuple, list)) else (result,):
             if isinstance(each, torch.Tensor):
@@ -238,6 +236,16 @@ class _Ledger(TorchDispatchMode):
         self._total += size
         if self._total > self.peak:
             self.peak, self.at_peak = self._total, dict(self.live)
+
+
+def _adds_gradients(a: Any, b: Any, *_: Any) -> bool:
+    """Whether autograd adds gradients that meet. It does so in place, unless there is a mode like the one above."""
+    return (
+        torch._C._current_graph_task_id() != -1
+        and not torch.is_grad_enabled()
+        and isinstance(b, torch.Tensor)
+        and (a.shape, a.dtype) == (b.shape, b.dtype)
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -394,7 +402,7 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
     if not layers or head is None:
         raise Unsupported(f"{type(causal).__name__} is no stack of decoder layers with a language-model head")
     dtype = causal.dtype
-    ledger = _Ledger()
+    ledger = Ledger()
     hooks = []
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.own([tensor, *_scales(tensor)])
@@ -416,11 +424,11 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
                 labelled = hidden_states[:, :-1].clone(memory_format=torch.contiguous_format).flatten(0, 1)
                 del hidden_states
                 targets = torch.empty(len(labelled), dtype=torch.int64, device="meta")
-                loss = linear_log_prob(labelled, head.weight, targets, head.bias, uniform=True)[0].sum()
+                log_prob: Any = linear_log_prob(labelled, head.weight, targets, head.bias, uniform=True)[0]
                 del labelled
             ledger.phase = "backward"
-            loss.backward()
-            del loss
+            log_prob.sum().backward()
+            del log_prob
     except (NotImplementedError, RuntimeError) as error:
         raise Unsupported(
             f"{type(causal).__name__} cannot be gone through without data: {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""`hf-turbo plan`: what a fine-tuning run will take of a GPU's memory under hf_turbo, without a GPU and without weights.
+"""`hf-turbo plan`: what a fine-tuning run will take of a GPU's memory under hf_turbo, without a GPU, without weights.
 
 The model is built without data and one training step gone through (dry_run.py); policies/footprint.py makes of it what
 a GPU needs. A plan is for one process on one GPU, for batches without padding whose tokens all have labels: the most
@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import json
+import logging
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,10 @@ from .policies import footprint, memory
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = ("bfloat16", "float16", "float32")
+# What is advised leaves at most this share of what is needed without it.
+WORTHWHILE = 0.99
 _GIB = 2**30
+_SHOWN = _GIB // 200  # smaller parts would be 0.00 GiB
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Planner:
     def __init__(self, config: Any):
         self._config = config
         self._models: dict[tuple[str, int, str], tuple[Any, dry_run.Sizes]] = {}
+        self._steps: dict[Any, dry_run.Step] = {}
 
     @property
     def longest_context(self) -> int:
@@ -86,13 +91,17 @@ class Planner:
             and offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
         )
 
-    @functools.cache  # noqa: B019  planners are as short-lived as their answers
     def step(self, run: Run, kept: int = 0) -> dry_run.Step:
         """One step, with the last `kept` layers not recomputed if the run checkpoints."""
         model, _ = self.model(run)
         recomputed = self.layers(run) - kept if run.checkpointing else None
-        with dry_run.patched(model):
-            return dry_run.step(model, run.batch, run.length, recomputed=recomputed, offloaded=self.offloads(run))
+        key = id(model), run.batch, run.length, recomputed
+        if key not in self._steps:
+            with dry_run.patched(model):
+                self._steps[key] = dry_run.step(
+                    model, run.batch, run.length, recomputed=recomputed, offloaded=self.offloads(run)
+                )
+        return self._steps[key]
 
     def footprint(self, run: Run, kept: int = 0) -> footprint.Footprint:
         """What the run takes.
@@ -136,13 +145,14 @@ class Planner:
         changes += [(f'optim="{optim}"', {"optim": optim}) for optim in ("adamw_8bit", "paged_adamw_8bit")]
         changes += [(f"--method {method}", {"method": method}) for method in METHODS[METHODS.index(run.method) + 1 :]]
         advice = []
-        for text, change in changes:
-            changed = dataclasses.replace(run, **change)
-            before, needed = self.footprint(run).needed, self.footprint(changed).needed
-            if needed < before:
+        before = self.footprint(run).needed
+        for text, fields in changes:
+            changed = dataclasses.replace(run, **fields)
+            needed = self.footprint(changed).needed
+            if needed < WORTHWHILE * before:
                 advice.append((text, needed))
-                run = changed
-            if needed <= total:
+                run, before = changed, needed
+            if before <= total:
                 break
         return advice
 
@@ -161,14 +171,14 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
         "gradients": whole.gradients if at_end else gradients,
         "kept for backward": 0 if at_end else step.parts.get("forward", 0),
         "head and loss": 0 if at_end else step.parts.get("loss", 0),
-        "backward": 0 if at_end else step.parts.get("backward", 0),
+        "temporaries of backward": 0 if at_end else step.parts.get("backward", 0),
         "workspaces of products": footprint.WORKSPACES,
     }
     fits = whole.needed <= total
     layers = planner.layers(run)
     kept = planner.layers_kept(run, total) if fits else 0
     largest = max(planner.layer_sizes(run))
-    result: dict[str, Any] = {
+    return {
         "model": type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,
         "run": dataclasses.asdict(run),
         "gpu_bytes": total,
@@ -185,7 +195,6 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
         "longest_context": planner.longest(run, total),
         "advice": [] if fits else [{"change": text, "needed_bytes": size} for text, size in planner.advice(run, total)],
     }
-    return result
 
 
 def _host_bytes(planner: Planner, run: Run) -> int:
@@ -213,7 +222,7 @@ def show(plan: dict[str, Any]) -> None:
     table.add_column("on the GPU at the peak")
     table.add_column("GiB", justify="right")
     for name, size in plan["peak_bytes_by_part"].items():
-        if size:
+        if size >= _SHOWN:
             table.add_row(name, _gib(size))
     table.add_section()
     table.add_row("in tensors (torch's max_memory_allocated)", _gib(plan["peak_bytes"]))
@@ -270,11 +279,11 @@ def load_config(name: str) -> Any:
 
 def run(model: str, gpu: str, training: Run, *, as_json: bool = False) -> int:
     """Prints the plan; returns 0 if the run fits, 1 if it does not, 2 if there is none."""
-    import warnings
+    from transformers.utils import logging as transformers_logging
 
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    # They speak of kernels and settings of a training that does not happen here.
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
         planner = Planner(load_config(model))

@@ -132,6 +132,8 @@ def longest(fits: Callable[[int], bool], most: int) -> int:
     """
     step = max(64, most // 128 // 64 * 64)
     low, high = 0, most // step
+    if not fits(step):
+        return 0
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle * step) else (low, middle - 1)
