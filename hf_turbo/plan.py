@@ -178,6 +178,8 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
     layers = planner.layers(run)
     kept = planner.layers_kept(run, total) if fits else 0
     largest = max(planner.layer_sizes(run))
+    longest = planner.longest(run, total)
+    at_longest = dataclasses.replace(run, length=longest, checkpointing=True)
     return {
         "model": type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__,
         "run": dataclasses.asdict(run),
@@ -192,7 +194,8 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
         "layers_not_recomputed": kept,
         "peak_bytes_with_them": planner.footprint(run, kept if run.checkpointing else 0).peak,
         "host_bytes": _host_bytes(planner, run),
-        "longest_context": planner.longest(run, total),
+        "longest_context": longest,
+        "host_bytes_at_longest_context": _host_bytes(planner, at_longest) if longest else 0,
         "advice": [] if fits else [{"change": text, "needed_bytes": size} for text, size in planner.advice(run, total)],
     }
 
@@ -240,14 +243,15 @@ def show(plan: dict[str, Any]) -> None:
             f"{_gib(plan['peak_bytes_with_them'])} GiB then."
         )
     console.print(f"A layer that is not recomputed keeps {plan['bytes_per_token_and_layer'] / 1024:.1f} KiB a token.")
-    if plan["host_bytes"]:
+    if plan["host_bytes"] >= _SHOWN:
         console.print(f"Up to {_gib(plan['host_bytes'])} GiB of host memory are used beside it.")
-    longest = plan["longest_context"]
-    console.print(
-        f"Longest context that fits, with checkpointing and {run['batch']} in a batch: {longest:,} tokens."
-        if longest
-        else "With checkpointing no context fits either."
-    )
+    if plan["longest_context"]:
+        console.print(
+            f"Longest context that fits, with checkpointing and {run['batch']} in a batch: {plan['longest_context']:,} "
+            f"tokens, with {_gib(plan['host_bytes_at_longest_context'])} GiB of host memory."
+        )
+    else:
+        console.print("With checkpointing no context fits.")
     if not fits:
         console.print("To make it fit, one after the other:" if plan["advice"] else "Nothing that is known here helps.")
         for each in plan["advice"]:
