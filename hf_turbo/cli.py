@@ -21,12 +21,71 @@ def main(argv: list[str] | None = None) -> int:
         "Exit code 1 if something needs attention.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    add_plan(commands)
     commands.add_parser("launch", help="accelerate launch, with hf_turbo enabled in every process", add_help=False)
     arguments = parser.parse_args(argv)
+    return plan(arguments) if arguments.command == "plan" else run_doctor(arguments)
 
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """`hf-turbo doctor`."""
     from .doctor import run
 
     return run(as_json=arguments.json)
+
+
+def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the arguments of `hf-turbo plan`."""
+    parser = commands.add_parser(
+        "plan",
+        help="predict the GPU memory of a fine-tuning run, without a GPU",
+        description="Predicts the peak GPU memory of a fine-tuning run under hf_turbo, without a GPU and without "
+        "loading weights: one process, no padding. Exit code 0 if the run fits, 1 if not, 2 if there is no plan.",
+    )
+    parser.add_argument("--model", required=True, help="a folder with a config.json, or a model's name on the hub")
+    parser.add_argument("--method", required=True, choices=("full", "lora", "qlora"), help="what is trained")
+    parser.add_argument("--gpu", required=True, metavar="SIZE", help="memory of the GPU, such as 24GiB")
+    parser.add_argument("--batch", type=positive, default=8, help="per_device_train_batch_size (default: 8)")
+    parser.add_argument("--length", type=positive, default=1024, help="tokens of a row (default: 1024)")
+    parser.add_argument("--rank", type=positive, default=16, help="of the adapters, on all linear layers (default: 16)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the weights; what is float32 is computed in float32 (default: bfloat16)",
+    )
+    parser.add_argument("--optim", default="adamw_torch_fused", help="as in TrainingArguments (default: %(default)s)")
+    parser.add_argument(
+        "--checkpointing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="gradient checkpointing (default: with it)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """`hf-turbo plan`."""
+    from .plan import Run, run
+
+    training = Run(
+        arguments.method,
+        arguments.batch,
+        arguments.length,
+        arguments.rank,
+        arguments.dtype,
+        arguments.optim,
+        arguments.checkpointing,
+    )
+    return run(arguments.model, arguments.gpu, training, as_json=arguments.json)
 
 
 def launch(arguments: list[str]) -> int:

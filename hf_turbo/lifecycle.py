@@ -185,7 +185,8 @@ class _Activation:
 
         from .policies import memory
 
-        share, budget = memory.SHARE_OF_FREE_MEMORY.get(self.config.memory, 0.0), self.config.memory_budget
+        choice, budget = self.config.memory, self.config.memory_budget
+        share = memory.SHARE_OF_FREE_MEMORY.get(choice, 0.0)
 
         def plan(sizes: list[float], rest: float | None, device: torch.device) -> int:
             free, allocated = device_memory.free(device), device_memory.allocated(device)
@@ -194,7 +195,7 @@ class _Activation:
             elif rest is None:
                 room = 0.0
             else:
-                room = min(share * free, free - memory.MARGIN * rest)
+                room = memory.room(free, rest, choice)
                 if budget is not None:
                     total = torch.cuda.get_device_properties(device).total_memory
                     room = min(room, memory.budget_bytes(budget, total) - allocated - rest)

@@ -72,6 +72,13 @@ def use_triton(tensor: torch.Tensor) -> bool:
     return on_device and tensor.dtype != torch.float64
 
 
+def device_kind(device: torch.device) -> str:
+    """The type of the device whose rules hold for sizes and dtypes. Tensors without data ("meta") stand for a GPU's:
+    with them a training step can be gone through to see what memory it takes, and nothing else is done with them.
+    """
+    return "cuda" if device.type == "meta" else device.type
+
+
 class _Compiled(NamedTuple):
     """A kernel compiled for some arguments, the values of its constexpr parameters, and what launches it, by grid."""
 

@@ -38,7 +38,17 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, in_rows, launch, once_differentiable, register_op, rows_of, use_triton, with_rows
+from ._launch import (
+    cdiv,
+    device_kind,
+    in_rows,
+    launch,
+    once_differentiable,
+    register_op,
+    rows_of,
+    use_triton,
+    with_rows,
+)
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -428,10 +438,11 @@ def _apply_linear(
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have shape [{weight.shape[0]}], got {list(bias.shape)}")
     dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-    if torch.is_autocast_enabled(gate.device.type):
+    kind = device_kind(gate.device)
+    if torch.is_autocast_enabled(kind):
         # As autocast casts the inputs of F.linear (float64 is left alone), outside the Function so that autograd casts
         # the gradients back. The cast of the weight bypasses autocast's cache: it has one use per forward.
-        low = torch.get_autocast_dtype(gate.device.type)
+        low = torch.get_autocast_dtype(kind)
         if dtype != torch.float64:
             dtype = low
         if weight.dtype != torch.float64:

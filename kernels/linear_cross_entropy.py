@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, launch, register_op, use_triton
+from ._launch import cdiv, device_kind, launch, register_op, use_triton
 
 # Bytes of logits held at a time, and the fewest rows of a chunk. On an H200 the GEMMs of a 2,048-row chunk of a 128k
 # vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB.
@@ -415,7 +415,7 @@ _scaled_cast = register_op(
 
 def _chunks(n_rows: int, n_cols: int, itemsize: int, device: torch.device) -> list[slice]:
     """Equal slices of the rows whose logits fit the chunk budget; multiples of 128 rows keep GEMM tiles whole."""
-    budget = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES_ELSEWHERE)
+    budget = _CHUNK_BYTES.get(device_kind(device), _CHUNK_BYTES_ELSEWHERE)
     most = max(_LEAST_ROWS, budget // max(1, n_cols * itemsize))
     count = -(-n_rows // most)
     rows = n_rows if count <= 1 else -(-n_rows // (count * _ROW_TILE)) * _ROW_TILE
@@ -426,7 +426,7 @@ def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) ->
     """total + a @ b in fp32 without rounding the product to the inputs' dtype: rounding each chunk's product biases a
     sum over chunks. `total` None starts a sum (no zeros to write and read back)."""
     low_precision = a.dtype in (torch.bfloat16, torch.float16)
-    if low_precision and a.device.type == "cuda":
+    if low_precision and device_kind(a.device) == "cuda":
         if total is None:
             return torch.mm(a, b, out_dtype=torch.float32)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
@@ -449,7 +449,7 @@ class _Head:
     @functools.cached_property
     def weight_of_gradient(self) -> torch.Tensor:
         """The weight as `_accumulate` takes it: widened once where it would be for every chunk."""
-        narrow = self.weight.device.type != "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16)
+        narrow = device_kind(self.weight.device) != "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16)
         return self.weight.float() if narrow else self.weight
 
     def logits(self, chunk: slice) -> torch.Tensor:
@@ -519,7 +519,7 @@ class _LinearLogProb(torch.autograd.Function):
         uniform: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
-        device_type = hidden.device.type
+        device_type = device_kind(hidden.device)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         needs = ctx.needs_input_grad[:3]
         ahead = any(needs) and (uniform or not (needs[1] or needs[2]))
@@ -580,7 +580,7 @@ class _LinearLogProb(torch.autograd.Function):
         grad_log_prob = grad_log_prob.to(top.dtype).contiguous()
         if grad_entropy is not None:
             grad_entropy = grad_entropy.to(top.dtype).contiguous()
-        with torch.autocast(hidden.device.type, enabled=False):
+        with torch.autocast(device_kind(hidden.device), enabled=False):
             head = _Head(hidden, weight, bias, ctx.dtype)
             gradients = _Gradients(head, needs)
             for chunk in head.chunks:
@@ -622,7 +622,7 @@ def _check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias {tuple(bias.shape)}, weight {tuple(weight.shape)}: need [V] and [V, H]")
-    if not torch.is_autocast_enabled(hidden.device.type):
+    if not torch.is_autocast_enabled(device_kind(hidden.device)):
         dtypes = {hidden.dtype, weight.dtype} | ({bias.dtype} if bias is not None else set())
         if len(dtypes) > 1:
             raise TypeError(f"hidden, weight and bias differ in dtype ({dtypes}): cast them, or run under autocast")

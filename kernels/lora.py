@@ -40,7 +40,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, launch, no_output, once_differentiable, register_op, use_triton
+from ._launch import cdiv, device_kind, launch, no_output, once_differentiable, register_op, use_triton
 
 # The dense weight [N, K] from the packed one, its dtype, and whether it is for a gradient.
 Expand = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
@@ -383,7 +383,7 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
         return torch.mm(a, b)
     if torch.promote_types(a.dtype, dtype) == a.dtype:
         return torch.mm(a, b).to(dtype)
-    if a.is_cuda and dtype == torch.float32:
+    if device_kind(a.device) == "cuda" and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     wide = torch.promote_types(a.dtype, dtype)
     return torch.mm(a.to(wide), b.to(wide)).to(dtype)

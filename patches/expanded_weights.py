@@ -73,7 +73,7 @@ class Expander:
 
 
 def _expand(expander: Expander, state: Any, packed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if packed.is_cuda or _launch.INTERPRET:
+    if _launch.device_kind(packed.device) == "cuda" or _launch.INTERPRET:
         return expander.packed(state, packed).expand(dtype)
     dense: torch.Tensor = sys.modules["bitsandbytes"].functional.dequantize_4bit(packed.view(-1, 1), state)
     return dense.to(dtype)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
+from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels.dora import dora_linears_of
 from hf_turbo.kernels.lora import Projection, linears_of, lora_add
 from hf_turbo.kernels.lora_mlp import gated_mlp_of
@@ -168,7 +169,8 @@ def _packed_conflict(base: Any) -> str | None:
 
 def _autocast(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast computes in, None where it is off."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    kind = device_kind(device)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _is_float64(dtype: torch.dtype, *tensors: torch.Tensor | None) -> bool:
@@ -249,7 +251,7 @@ def _may_act(module: nn.Module, x: Any, args: Any = (), kwargs: Any = None) -> b
         and x.is_floating_point()
         and x.numel() > 0
         and x.shape[-1:] == (getattr(module, "in_features", None),)
-        and not x.is_meta
+        and not (x.is_meta and torch._C._len_torch_dispatch_stack() == 0)  # without data, and nobody looks on
         and not torch.compiler.is_compiling()  # before the next two, which it cannot see through
         and not x.is_inference()
         and not torch._C._are_functorch_transforms_active()

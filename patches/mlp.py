@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
 from torch import nn
 
@@ -60,7 +61,7 @@ def _is_plain_linear(module: nn.Module, product: torch.Tensor) -> bool:
     """Whether calling `module` is F.linear of its parameters and nothing else, in a dtype the fused op takes."""
     if type(module) is not nn.Linear or has_hooks(module) or not is_plain(module.weight, module.bias):
         return False
-    return module.weight.dtype == product.dtype or torch.is_autocast_enabled(product.device.type)
+    return module.weight.dtype == product.dtype or torch.is_autocast_enabled(device_kind(product.device))
 
 
 def _usable(*tensors: torch.Tensor) -> bool:

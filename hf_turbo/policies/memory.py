@@ -47,6 +47,16 @@ def budget_bytes(budget: str | float, total: int) -> int:
     )
 
 
+def room(free: float, rest: float, choice: Choice = "auto") -> float:
+    """Bytes that layers may keep instead of being recomputed.
+
+    Args:
+        free: bytes of device memory when the pass begins.
+        rest: bytes that the pass takes besides, at most.
+    """
+    return min(SHARE_OF_FREE_MEMORY.get(choice, 0.0) * free, free - MARGIN * rest)
+
+
 def layers_to_keep(sizes: Sequence[float], room: float) -> int:
     """How many of the last layers fit.
 
