@@ -71,6 +71,8 @@ class _Activation:
                 padding.finish_steps()
         finally:
             engine.switch(False)
+            for training in self.training.values():
+                training.revert()
             _revert(self._patches, self.report)
 
     def meet(self, model: nn.Module, trainer: Any = None, by_loop: bool = False) -> None:
@@ -496,6 +498,7 @@ def _around_train(trainer: Any) -> Iterator[None]:
         with _STATE.lock:
             for model in training.models:
                 activation.meet(model, trainer)
+        training.begin()
         yield
     finally:
         from hf_turbo.patches import lora

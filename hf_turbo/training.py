@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,19 +27,28 @@ class Training:
     """
 
     def __init__(self, trainer: Any, meter: MetricsCallback | None, config: TurboConfig, report: Report):
-        from hf_turbo.patches import accelerate, retry
+        from hf_turbo.patches import retry
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches.agreement import Agreement
 
         self._trainer, self.meter = trainer, meter
         is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
         self.agreement = Agreement() if is_sharded else None
-        self._patches: list[Patch] = [trainer_patches.step_patch(trainer, self._around_step)]
         self._report = report
+        self._masks_reference = trainer_patches.masks_reference(trainer)
         self._added: list[checkpointing.Added] = []
         self._retry = None
+        self._patches: list[Patch] = []
         if config.memory != "as_is" and retry.conflict(trainer) is None:
             self._retry = retry.Retry(trainer, self._make_room, self._tell)
+
+    def begin(self) -> None:
+        """After the patches of the process have been applied, which are there for longer."""
+        from hf_turbo.patches import accelerate
+        from hf_turbo.patches import trainer as trainer_patches
+
+        self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
+        if self._retry is not None:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
         for patch in self._patches:
             patch.apply()
@@ -49,14 +59,14 @@ class Training:
         models = (self._trainer.model, getattr(self._trainer, "ref_model", None))
         return [each for each in models if each is not None]
 
-    def _around_step(self, trainer: Any, compute: Callable[[], Any]) -> Any:
+    def _around_step(self, trainer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         from hf_turbo.patches import padding
         from hf_turbo.patches.engine import is_live
 
-        if trainer is not self._trainer:  # another one of the same class
-            return compute()
-        with padding.training_step(self.models):
-            return compute() if self._retry is None or not is_live() else self._retry.run(compute)
+        if trainer is not self._trainer or not is_live():  # another one of the same class
+            return call(*args, **kwargs)
+        with padding.training_step(self.models) if self._masks_reference else nullcontext():
+            return call(*args, **kwargs) if self._retry is None else self._retry.run(call, args, kwargs)
 
     def _around_optimizer(self, optimizer: Any, compute: Callable[[], Any]) -> Any:
         from hf_turbo.patches import retry
@@ -84,8 +94,9 @@ class Training:
         if checkpointing.tighten(model) or tries == 0:
             return "each micro-batch in a pass of its own and less kept"
         if not self._added and checkpointing.Added.can_apply(model):
-            self._added.append(checkpointing.Added(model))
-            self._added[0].apply()
+            added = checkpointing.Added(model)
+            added.apply()
+            self._added.append(added)
             return "gradient checkpointing, for the rest of this training"
         return None
 
@@ -97,14 +108,22 @@ class Training:
             self.meter.retried_steps += 1
         warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
 
+    def revert(self) -> None:
+        """Puts back what is around the steps."""
+        while self._patches:
+            patch = self._patches.pop()
+            if not patch.revert():
+                note = f"{patch.id} was changed by something else since; left as it is, acting as stock"
+                self._report.notes.append(note)
+        while self._added:
+            self._added.pop().revert()
+
     def end(self) -> list[str]:
-        """Puts the training step back; what is worth a note in the report."""
+        """Puts everything back; what is worth a note in the report."""
         from hf_turbo.patches import checkpointing, padding
 
+        self.revert()
         if self.agreement is not None:
             self.agreement.close()
         notes = [padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
-        for patch in (*self._added, *reversed(self._patches)):
-            if not patch.revert():
-                notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
         return [note for note in notes if note]

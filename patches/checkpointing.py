@@ -350,7 +350,10 @@ class Added(Patch):
     def can_apply(model: Any) -> bool:
         """Whether the model knows how to checkpoint, and none of its layers does so already."""
         layers = layers_of(model).values()
-        return bool(layers) and not any(each.gradient_checkpointing for each in layers)
+        knows = getattr(model, "supports_gradient_checkpointing", False) and hasattr(
+            model, "gradient_checkpointing_enable"
+        )
+        return knows and bool(layers) and not any(each.gradient_checkpointing for each in layers)
 
     def apply(self) -> None:
         model = self._model()

@@ -17,7 +17,7 @@ import math
 import time
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -437,35 +437,31 @@ class Graphs:
 
 class Race:
     """Between the host that launches a forward and the GPU that computes it: where the GPU is last, launching does not
-    matter, and a recording would only add its filling and hold memory. Chats on an H200 (Llama-8B, 2,400 to 6,900
-    tokens a pass): 15,131 tokens a second and no recording, 12,742 and 26 GiB with recordings.
+    matter, and a recording would only add its filling and hold memory.
 
-    Both are the least that was seen. A host that compiles, or that waits because the GPU has enough to do, takes longer
-    than it needs; and a GPU that waits for the host, too.
+    A GPU that waits for the host takes as long as the host: what it takes by itself shows only where it is still at
+    work when the host is done, and so nothing is concluded for fewer tokens than in such a forward.
     """
 
     def __init__(self) -> None:
-        self._host_seconds = math.inf
-        self._seconds_per_token = math.inf
-        self._running: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._forwards: deque[_Forward] = deque(maxlen=32)
+        self._running: deque[tuple[int, float, bool, torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=8)
 
-    def note(self, tokens: int, device_seconds: float) -> None:
-        """What the GPU took."""
-        self._seconds_per_token = min(self._seconds_per_token, device_seconds / tokens)
-
-    def note_host(self, seconds: float) -> None:
-        self._host_seconds = min(self._host_seconds, seconds)
+    def note(self, tokens: int, host: float, device: float, is_behind: bool) -> None:
+        """What a forward took, in seconds, and whether the GPU had not begun with it when the host was done."""
+        self._forwards.append(_Forward(tokens, host, device, is_behind or device > 1.1 * host))
 
     def is_won_by_host(self, tokens: int) -> bool:
         """Whether the GPU would be last with a forward of so many tokens, without waiting for it to be asked."""
-        running, self._running = self._running, []
-        for each in running:
-            count, start, end = each
-            if end.query():
-                self.note(count, start.elapsed_time(end) / 1e3)
-            else:
-                self._running.append(each)
-        return self._host_seconds < tokens * self._seconds_per_token < math.inf
+        while self._running and self._running[0][-1].query():
+            count, host_seconds, is_behind, start, end = self._running.popleft()
+            self.note(count, host_seconds, start.elapsed_time(end) / 1e3, is_behind)
+        host = min((each.host for each in self._forwards), default=math.inf)
+        return any(
+            # A host that takes much longer than it needs compiles.
+            each.is_device_last and each.tokens <= tokens and each.device > host and each.host < 3 * host
+            for each in self._forwards
+        )
 
     @contextmanager
     def observed(self, tokens: int, device: torch.device) -> Iterator[None]:
@@ -478,9 +474,16 @@ class Race:
         start.record(stream)
         began = time.perf_counter()
         yield
-        self.note_host(time.perf_counter() - began)
+        host, is_behind = time.perf_counter() - began, not start.query()
         end.record(stream)
-        self._running.append((tokens, start, end))
+        self._running.append((tokens, host, is_behind, start, end))
+
+
+class _Forward(NamedTuple):
+    tokens: int
+    host: float
+    device: float
+    is_device_last: bool
 
 
 class _RestsOn:

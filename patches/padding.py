@@ -510,6 +510,9 @@ def batches_fetched(
         return
     micro_batches = [foresee(batch) for batch in batches]
     skip = any(map(labels_on_padding, batches))
+    reason = next((state.reason for state in states if state.reason), "")
+    for state in others:
+        state.reason = state.reason or reason
     for state in (*states, *others):
         state.skip, state.foreseen = skip, [each for each in micro_batches if each is not None]
     for state in states:
@@ -541,8 +544,9 @@ def batches_fetched(
 def begin_again(models: list[nn.Module]) -> None:
     """The present step is done again from its first micro-batch, after memory ran out: each in a pass of its own."""
     for state in [state for model in models for state in _states(model)]:
-        if state.graphs is not None:
+        if state.graphs is not None:  # recordings hold memory for good
             state.graphs.forget()
+            state.graphs.reason = "memory ran out"
         if state.kept_per_token is not None:
             state.kept_per_token *= 2
         if state.step is not None:

@@ -2,14 +2,20 @@
 
 What a micro-batch leaves behind is gradients, random states, and what the trainer notes of it (metrics, counters,
 buffers). All micro-batches of an optimizer step are done again, since the gradients of a failed backward cannot be told
-from those that were there: at the beginning of a step there are none.
+from those that were there: at the beginning of a step there are none. What cannot be taken back (weights or inputs that
+have changed within the step) is looked for first, and then the error is the script's.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
-from collections import deque
-from collections.abc import Callable, Iterator
+import random
+import sys
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,61 +23,160 @@ from torch import nn
 
 from .recomputation import random_states, set_random_states
 
-# Containers with more in them are a dataset, or something of its size: not what a step notes.
-_MOST_ELEMENTS = 10_000
+_CONTAINERS = (dict, defaultdict, OrderedDict, list, set, deque)
+# Of a longer list of numbers only the length is noted: a step adds to its end. Others as large are no notes of a step.
+_MOST_COPIED = 256
+_PLAIN = (int, float, complex, str, bytes, type(None))
 
 
-class _TooLarge(Exception):
-    pass
+# ------------------------------------------------------------------------------------------------------ what was noted
+
+
+class _NotOurs(Exception):
+    """Something that is not put back: it lives no more, or it is a container of more than numbers and names."""
+
+
+def _noted(value: Any) -> Callable[[], Any]:
+    """What brings an attribute's value back, and the contents that it has now if it is a container.
+
+    Raises:
+        _NotOurs: a container with tensors or other objects in it. To note it would be to keep them.
+    """
+    if type(value) in _CONTAINERS:
+        return _noted_container(value)
+    if isinstance(value, _PLAIN):
+        return lambda: value
+    try:
+        reference = weakref.ref(value)
+    except TypeError:
+        raise _NotOurs from None
+
+    def revived() -> Any:
+        found = reference()
+        if found is None:
+            raise _NotOurs
+        return found
+
+    return revived
+
+
+def _noted_element(value: Any) -> Callable[[], Any]:
+    if isinstance(value, _PLAIN) or type(value) in _CONTAINERS:
+        return _noted(value)
+    raise _NotOurs
+
+
+def _noted_container(value: Any) -> Callable[[], Any]:
+    length = len(value)
+    if length > _MOST_COPIED:
+        if type(value) is not list or not isinstance(value[0], _PLAIN):
+            raise _NotOurs
+
+        def shortened() -> Any:
+            del value[length:]
+            return value
+
+        return shortened
+    if isinstance(value, dict):
+        items = [(key, _noted_element(each)) for key, each in value.items()]
+
+        def filled() -> Any:
+            contents = [(key, each()) for key, each in items]
+            value.clear()
+            value.update(contents)
+            return value
+
+        return filled
+    elements = [_noted_element(each) for each in value]
+
+    def refilled() -> Any:
+        contents = [each() for each in elements]
+        value.clear()
+        value.update(contents) if isinstance(value, set) else value.extend(contents)
+        return value
+
+    return refilled
 
 
 class _Notes:
-    """What a trainer's attributes are at one time, those inside lists, dicts and the like included."""
+    """What a trainer's attributes are at one time: numbers and names, also inside lists, dicts and the like."""
 
-    def __init__(self, trainer: Any, ignored: set[str]):
-        self._attributes: dict[str, tuple[Any, Any]] = {}
+    def __init__(self, trainer: Any):
+        self._attributes = []
         for name, value in vars(trainer).items():
-            if name in ignored:
-                continue
-            try:
-                self._attributes[name] = value, _copied(value, [_MOST_ELEMENTS])
-            except _TooLarge:
-                ignored.add(name)
+            with suppress(_NotOurs):
+                self._attributes.append((name, _noted(value)))
         # Its history of logs is long, and not written within a step.
         self._counters = {name: value for name, value in vars(trainer.state).items() if isinstance(value, (int, float))}
 
     def restore(self, trainer: Any) -> None:
         attributes = vars(trainer)
-        for name, (value, copied) in self._attributes.items():
-            attributes[name] = _put_back(value, copied)
+        for name, noted in self._attributes:
+            with suppress(_NotOurs):
+                attributes[name] = noted()
         vars(trainer.state).update(self._counters)
 
 
-def _copied(value: Any, room: list[int]) -> Any:
-    """The contents of containers; nothing of other values, which are put back as they are."""
-    if not isinstance(value, (dict, list, set, deque)):
-        return None
-    room[0] -= len(value)
-    if room[0] < 0:
-        raise _TooLarge
-    if isinstance(value, dict):
-        return {key: (each, _copied(each, room)) for key, each in value.items()}
-    return [(each, _copied(each, room)) for each in value]
+class _Random:
+    """The states of all generators that a step may draw from."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._torch, self._python = device, random_states(device), random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = None if numpy is None else numpy.random.get_state()
+
+    def restore(self) -> None:
+        set_random_states(self._torch, self._device)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
 
 
-def _put_back(value: Any, copied: Any) -> Any:
-    """The same container with the contents that it had."""
-    if copied is None:
-        return value
-    if isinstance(value, dict):
-        contents: Any = {key: _put_back(each, inside) for key, (each, inside) in copied.items()}
-        value.clear()
-        value.update(contents)
-    else:
-        contents = [_put_back(each, inside) for each, inside in copied]
-        value.clear()
-        value.update(contents) if isinstance(value, set) else value.extend(contents)
+class _MicroBatch:
+    """A call of the training step that can be made again, with the inputs that it was first made with."""
+
+    def __init__(self, trainer: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.notes, self._call = _Notes(trainer), call
+        self._args, self._kwargs = _unshared(args), _unshared(kwargs)
+        self._versions = _versions(_tensors((args, kwargs)))
+
+    @property
+    def is_as_before(self) -> bool:
+        """Whether the tensors that it is called with have not been written to."""
+        return _versions(_tensors((self._args, self._kwargs))) == self._versions
+
+    def again(self) -> Any:
+        return self._call(*_unshared(self._args), **_unshared(self._kwargs))
+
+
+def _unshared(value: Any) -> Any:
+    """Copies of tuples and mappings, to whatever depth, of the same leaves."""
+    if type(value) is tuple:
+        return tuple(map(_unshared, value))
+    if isinstance(value, Mapping):
+        value = copy.copy(value)
+        for name in list(value):
+            if isinstance(value[name], Mapping):
+                value[name] = _unshared(value[name])
     return value
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+
+
+def _versions(tensors: Iterator[torch.Tensor]) -> list[int]:
+    return [0 if each.is_inference() else each._version for each in tensors]
+
+
+# -------------------------------------------------------------------------------------------------------------- a step
 
 
 class Retry:
@@ -81,92 +186,146 @@ class Retry:
         make_room: frees memory and makes the passes to come smaller. Given the number of earlier tries of the step;
             returns what it did, or None where nothing is left to do.
         tell: told what ran out of memory, and what was done.
-
-    Attributes:
-        count: of steps that were taken back.
     """
 
     def __init__(self, trainer: Any, make_room: Callable[[int], str | None], tell: Callable[[str], None]):
         self._trainer, self._make_room, self._tell = trainer, make_room, tell
-        self._ignored: set[str] = set()
-        self.count = 0
+        self._buffers: list[tuple[torch.Tensor, int]] | None = None  # of the model, and their versions at the beginning
+        self._copies: dict[int, torch.Tensor] = {}  # of those that steps write to
         self.begin_step()
 
     def begin_step(self) -> None:
         """The next micro-batch is the first of a step: there are no gradients."""
-        self._done: list[tuple[_Notes, Callable[[], Any]]] = []
-        self._random: list[torch.Tensor] = []
+        self._done: list[_MicroBatch] = []
         self._tries = 0
 
-    def run(self, compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, for one micro-batch: its loss.
+    def _begin(self) -> None:
+        """Notes what the step begins with."""
+        self.begin_step()
+        model = self._trainer.model
+        self._random, self._global_step = _Random(self._trainer.args.device), self._trainer.state.global_step
+        self._parameters = [each for each in model.parameters() if each.requires_grad]
+        self._weights = _versions(iter(self._parameters))
+        known = list(model.buffers()) if self._buffers is None else [each for each, _ in self._buffers]
+        moved = {id(each) for each, version in self._buffers or () if each._version != version} | self._copies.keys()
+        self._buffers = [(each, each._version) for each in known]
+        self._copies = {id(each): each.clone() for each in known if id(each) in moved}
+
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `call` returns, for one micro-batch: its loss.
 
         Raises:
-            torch.OutOfMemoryError: there is no room for it in any way known.
+            torch.OutOfMemoryError: there is no room for it in any way known, or it cannot be taken back.
         """
-        device = self._trainer.args.device
-        if not self._done:
-            self._random = random_states(device)
-        self._done.append((_Notes(self._trainer, self._ignored), compute))
-        work = compute
+        if not self._done or self._trainer.state.global_step != self._global_step:
+            self._begin()
+        self._done.append(_MicroBatch(self._trainer, call, args, kwargs))
+        work: Callable[[], Any] = lambda: call(*args, **kwargs)  # noqa: E731
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError as error:
                 # Not the error itself: it holds the frames that failed, and these the tensors of the pass.
-                message, culprit = str(error), _culprit(error, self._trainer.model, device)
-            action = self._make_room(self._tries)
+                message, culprit = str(error), _culprit(error, self._trainer.model, self._trainer.args.device)
+            against = self._conflict()
+            action = None if against else self._make_room(self._tries)
             if action is None:
                 raise torch.OutOfMemoryError(
-                    f"{message}\nhf_turbo: memory ran out in {culprit}, and nothing is left that would take less. "
-                    "What would: a smaller per_device_train_batch_size with more gradient_accumulation_steps, a "
-                    "smaller max_length, optim='adamw_8bit', or QLoRA"
+                    f"{message}\nhf_turbo: memory ran out in {culprit}, and "
+                    f"{against or 'nothing is left that would take less'}. "
+                    "What would take less: a smaller per_device_train_batch_size with more "
+                    "gradient_accumulation_steps, a smaller max_length, optim='adamw_8bit', or QLoRA"
                 )
             self._tries += 1
-            self.count += self._tries == 1
             self._tell(f"out of memory in {culprit}: the step was taken back and is done again, with {action}")
             work = self._again
 
+    def _conflict(self) -> str | None:
+        """Why the step cannot be taken back, or None."""
+        if _versions(iter(self._parameters)) != self._weights:
+            return "weights have changed within the step"
+        if any(each._post_accumulate_grad_hooks for each in self._parameters):
+            return "weights may have changed as their gradients came"
+        if any(each._version != version and id(each) not in self._copies for each, version in self._buffers or ()):
+            return "the model has written to its buffers"
+        if not all(each.is_as_before for each in self._done):
+            return "the inputs of the step have changed"
+        if len({each.device for each in self._parameters}) > 1:
+            return "the model is on several devices"
+        return None
+
     def _again(self) -> Any:
         """All micro-batches of the step so far; what the last of them returns."""
-        device = self._trainer.args.device
-        for parameter in self._trainer.model.parameters():
+        trainer = self._trainer
+        groups = getattr(trainer.optimizer, "param_groups", ())
+        for parameter in (*self._parameters, *(each for group in groups for each in group["params"])):
             parameter.grad = None
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        set_random_states(self._random, device)
+        for buffer, _ in self._buffers or ():
+            if id(buffer) in self._copies:
+                buffer.copy_(self._copies[id(buffer)])
+        _free()
+        self._random.restore()
         result = None
-        for notes, compute in self._done:
-            notes.restore(self._trainer)
-            result = compute()
+        for each in self._done:
+            each.notes.restore(trainer)
+            result = each.again()
         return result
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def conflict(trainer: Any) -> str | None:
+    """Why no step of this trainer is done again, or None."""
+    training_step, optim = type(trainer).training_step, str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if trainer.args.auto_find_batch_size:
+        return "auto_find_batch_size is on"
+    if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
+        return "several processes would have to do it together"
+    if str(getattr(trainer.accelerator.distributed_type, "value", "NO")) not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
+        return "the optimizer steps within backward"
+    if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
+        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
+    if "lomo" in optim or "layerwise" in optim:
+        return f"{optim} steps at every backward"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- the optimizer
 
 
 def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callable[[str], None]) -> Any:
     """An optimizer's step, once more where memory ran out before it changed anything.
 
     Args:
+        optimizer: of torch or bitsandbytes, prepared by accelerate: others may change weights unnoticed.
         make_room: frees memory, and tells that it had to.
 
     Raises:
         torch.OutOfMemoryError: there is no room for it, or some weights have been updated and others have not.
     """
-    before = _progress(optimizer)
+    kind = type(getattr(optimizer, "optimizer", optimizer)).__module__.partition(".")[0]
+    if kind not in {"torch", "bitsandbytes"}:
+        return compute()
+    before, known = _progress(optimizer), set(optimizer.state)
     advice = "optim='paged_adamw_8bit' keeps its states where there is room"
     try:
         return compute()
     except torch.OutOfMemoryError as error:
         message = str(error)
+    for parameter in set(optimizer.state) - known:
+        if not _steps(optimizer.state[parameter]):  # begun, and maybe not whole
+            del optimizer.state[parameter]
     if _progress(optimizer) != before:
         raise torch.OutOfMemoryError(
             f"{message}\nhf_turbo: memory ran out within the optimizer's step, when some weights were updated "
             f"and others were not. Resume from the last checkpoint; {advice}"
         )
     make_room("the optimizer's step")
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    _free()
     try:
         return compute()
     except torch.OutOfMemoryError as error:
@@ -176,12 +335,16 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
 
 def _progress(optimizer: Any) -> list[tuple[int, Any]]:
     """How often each weight was written to, and how many steps its state counts."""
-    found = []
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            step = optimizer.state.get(parameter, {}).get("step", 0)
-            found.append((parameter._version, step._version if isinstance(step, torch.Tensor) else step))
-    return found
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    return [(each._version, _steps(optimizer.state.get(each, {}))) for each in parameters]
+
+
+def _steps(state: dict[str, Any]) -> Any:
+    step = state.get("step", 0)
+    return step._version if isinstance(step, torch.Tensor) else step
+
+
+# --------------------------------------------------------------------------------------------------------- what to say
 
 
 def _frames(error: BaseException) -> Iterator[Any]:
@@ -214,12 +377,3 @@ def _culprit(error: BaseException, model: nn.Module, device: torch.device) -> st
         f"{where} ({allocated / gib:.1f} GiB in tensors, {(reserved - allocated) / gib:.1f} GiB held in pieces, "
         f"{max(total - free - reserved, 0) / gib:.1f} GiB by other processes and the driver)"
     )
-
-
-def conflict(trainer: Any) -> str | None:
-    """Why a step of this trainer is not done again, or None."""
-    if trainer.args.auto_find_batch_size:
-        return "auto_find_batch_size is on"
-    if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
-        return "several processes would have to do it together"
-    return None

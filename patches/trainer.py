@@ -6,6 +6,7 @@ and wrapping. Nothing is wrapped that trainers override.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -62,20 +63,31 @@ def entry_patches(
     return [AttributePatch(f"trainer:{name}", trainer_cls, name, new) for name, new in replacements.items()]
 
 
-def step_patch(trainer: Any, around_step: Callable[[Any, Callable[[], Any]], Any]) -> Patch:
+def step_patch(trainer: Any, around_step: Callable[..., Any]) -> Patch:
     """The patch of the training step of a trainer's class, as outermost overridden.
 
     Args:
-        around_step: called with a trainer and what computes its step; returns what that returns.
+        around_step: called with a trainer, what computes its step, and the arguments for that, as a tuple and a dict;
+            returns what that returns.
     """
     owner = next(cls for cls in type(trainer).__mro__ if "training_step" in vars(cls))
     stock = owner.training_step  # type: ignore[attr-defined]
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around_step(self, lambda: stock(self, *args, **kwargs))
+        return around_step(self, functools.partial(stock, self), args, kwargs)
 
     look_like(training_step, stock)
     return AttributePatch("trainer:training_step", owner, "training_step", training_step)
+
+
+# Whose losses go by the log-probabilities of real tokens alone, those of a reference model too.
+_WITH_REFERENCE = {f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grpo", "rloo")}
+
+
+def masks_reference(trainer: Any) -> bool:
+    """Whether what this trainer computes without gradients is of real tokens alone."""
+    compute_loss = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    return compute_loss.__module__ in _WITH_REFERENCE
 
 
 def loss_conflict(trainer: Any) -> str | None:

@@ -309,13 +309,14 @@ def test_passes_in_which_the_device_is_last_are_not_recorded(monkeypatch, served
 
 
 def test_the_race_of_host_and_device():
-    """The least of each counts: a host that compiles or waits, and a device that waits, take longer than they need."""
+    """What the device takes by itself shows only where it is behind the host."""
     race = graphs.Race()
     assert not race.is_won_by_host(10**6)
-    for seconds in (8.0, 0.05, 0.3):
-        race.note_host(seconds)
-    assert not race.is_won_by_host(10**6)
-    for tokens, seconds in ((100, 0.05), (1000, 0.05), (4000, 0.1), (4000, 0.4)):
-        race.note(tokens, seconds)
-    assert not race.is_won_by_host(1999)
-    assert race.is_won_by_host(2001)
+    for tokens, host, device in ((700, 2.0, 2.3), (500, 0.07, 0.07), (1200, 0.08, 0.081), (2100, 0.07, 0.071)):
+        race.note(tokens, host, device, False)
+    assert not race.is_won_by_host(10**6)  # the first one compiled, the others had the device wait
+    race.note(4000, 0.07, 0.09, False)
+    assert not race.is_won_by_host(3999)
+    assert race.is_won_by_host(4000)
+    race.note(3500, 0.08, 0.072, True)
+    assert race.is_won_by_host(3500)

@@ -142,6 +142,25 @@ def make_adapted_dpo(folder: Path, **more: Any) -> Trainer:
     )
 
 
+def test_calls_without_gradients_in_a_loss_of_ones_own_stay_stock(without_gradients, tmp_path):
+    """It may use what is computed of padding."""
+
+    class Held(DPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            with torch.no_grad():
+                held = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.mean()
+            return super().compute_loss(model, inputs, **kwargs) * (1 + held)
+
+    def make(folder: Path) -> Trainer:
+        args, data = DPOConfig(**arguments(folder)), Dataset.from_list(PAIRS)
+        model, reference = tiny_model("llama"), tiny_model("llama")
+        return Held(model, reference, args, train_dataset=data, processing_class=tokenizer())
+
+    compare(make, tmp_path, padding=True)
+    assert without_gradients
+    assert not any(without_gradients)
+
+
 def test_other_calls_without_gradients_stay_stock(without_gradients, tmp_path):
     """A callback may look at anything, evaluation too."""
 

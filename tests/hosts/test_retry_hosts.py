@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import random
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from hf_turbo.patches import head, padding, retry, trl, varlen
 from peft import LoraConfig
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.modeling_outputs import CausalLMOutput
 from trl import SFTConfig, SFTTrainer
 
 import hf_turbo
@@ -154,12 +161,19 @@ def test_optimizer(optim, step, monkeypatch, counted, tmp_path):
     make = lambda folder: make_sft(folder, optim=optim, learning_rate=1e-3, max_steps=4)  # noqa: E731
     without = Run(make, tmp_path / "without", turbo=True, padding=True)
     cls, calls = (torch.optim.AdamW if optim == "adamw_torch" else torch.optim.SGD), []
-    stock = cls._init_group
+    stock, zeros = cls._init_group, torch.zeros_like
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. By intent")
 
     def faulty(*args: Any) -> Any:
         calls.append(None)
         if len(calls) == 2 * step + 1:  # two groups, with and without weight decay
-            raise torch.OutOfMemoryError("CUDA out of memory. By intent")
+            made = iter([zeros] * 3)
+            with monkeypatch.context() as patch:  # in the middle of a state
+                patch.setattr(torch, "zeros_like", lambda *args, **kwargs: next(made, fail)(*args, **kwargs))
+                stock(*args)
+            fail()
         return stock(*args)
 
     monkeypatch.setattr(cls, "_init_group", faulty)
@@ -213,6 +227,89 @@ def test_a_fault_that_stays_is_an_error_that_says_what_to_do(faults, tmp_path):
     assert resumed.state.global_step == 4
 
 
+class Drawing(SFTTrainer):
+    """Random numbers of Python in the loss."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, **kwargs)
+        return loss * (1 + random.random()) if torch.is_tensor(loss) else (loss[0] * (1 + random.random()), *loss[1:])
+
+
+class Popping(SFTTrainer):
+    """A loss that takes something out of its inputs."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        inputs.setdefault("scale", 1.0)
+        scale, inputs["scale"] = inputs.pop("scale"), 3.0
+        kept = {name: value for name, value in inputs.items() if name != "scale"}
+        return super().compute_loss(model, kept, **kwargs) * scale
+
+
+class Perturbing(SFTTrainer):
+    """Weights that differ while the gradient is computed, as in adversarial training."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.5)
+        loss = super().compute_loss(model, inputs, **kwargs)
+        with torch.no_grad():
+            next(model.parameters()).div_(1.5)
+        return loss
+
+
+def of_class(cls: type, folder: Path, **more: Any) -> Trainer:
+    args = SFTConfig(**arguments(folder, gradient_accumulation_steps=2, max_steps=3, **more))
+    return cls(tiny_model("llama"), args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer())
+
+
+@pytest.mark.parametrize("cls", [Drawing, Popping])
+def test_losses_of_other_kinds(cls, faults, counted, tmp_path):
+    options = {"turbo": True, "padding": True, "merging": False}
+    without = Run(lambda folder: of_class(cls, folder), tmp_path / "without", **options)
+    faults.calls.clear()
+    faults.fail_at = {"attention": {3, 7}}
+    faulty = Run(lambda folder: of_class(cls, folder), tmp_path / "faulty", **options)
+    assert len(counted) == 2
+    for name, update in without.updates.items():
+        assert torch.equal(update, faulty.updates[name]), name
+
+
+def test_weights_that_change_within_a_step_are_not_taken_back(faults, counted, tmp_path):
+    trainer = of_class(Perturbing, tmp_path)
+    faults.fail_at = {"attention": {3}}
+    with (
+        hf_turbo.session(padding=True, report=False),
+        pytest.raises(torch.OutOfMemoryError, match="weights have changed within the step"),
+    ):
+        trainer.train()
+    assert counted == []
+
+
+def test_nothing_stays_behind(faults, tmp_path):
+    """Neither patches nor the trainer; also where it is switched off in the middle."""
+    stock = {cls: vars(cls).get("training_step") for cls in Trainer.__mro__ + SFTTrainer.__mro__}
+    step = AcceleratedOptimizer.step
+    faults.fail_at = {"attention": {1}}
+
+    class Off(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            hf_turbo.disable()
+
+    for callback in (None, Off()):
+        trainer = make_plain(tmp_path)
+        if callback is not None:
+            trainer.add_callback(callback)
+        with hf_turbo.session(padding=True, report=False) as report:
+            trainer.train()
+        assert not [note for note in report.notes if "left as it is" in note]
+        assert {cls: vars(cls).get("training_step") for cls in stock} == stock
+        assert AcceleratedOptimizer.step is step
+        alive = weakref.ref(trainer)
+        del trainer
+        gc.collect()
+        assert alive() is None
+
+
 @pytest.mark.parametrize(("more", "options"), [({}, {"memory": "as_is"}), ({"auto_find_batch_size": True}, {})])
 def test_left_to_the_user(more, options, faults, counted, tmp_path):
     trainer = make_sft(tmp_path, **more)
@@ -227,39 +324,45 @@ def test_left_to_the_user(more, options, faults, counted, tmp_path):
 
 
 def test_notes_of_a_trainer_are_put_back():
-    """Containers stay the same objects; what is of the size of a dataset is left alone."""
-    from collections import defaultdict, deque
-    from types import SimpleNamespace
-
-    metrics = {"train": defaultdict(list, loss=[1.0])}
+    """Containers stay the same objects; tensors are not kept alive; what is of the size of a dataset is left alone."""
     state = SimpleNamespace(tokens=7, log_history=[])
+    metrics = {"train": defaultdict(list, loss=[1.0])}
     trainer = SimpleNamespace(
-        state=state, step=3, metrics=metrics, recent=deque([1, 2], maxlen=4), rows=list(range(20_000)), tags={"a"}
+        state=state,
+        step=3,
+        metrics=metrics,
+        recent=deque([1, 2], maxlen=4),
+        long=list(range(300)),
+        rows=dict.fromkeys(range(300)),
+        tags={"a"},
+        output=CausalLMOutput(logits=torch.ones(1)),
+        last=[torch.ones(2)],
     )
-    ignored: set[str] = set()
-    notes = retry._Notes(trainer, ignored)
-    assert ignored == {"rows"}
+    alive, output = weakref.ref(trainer.last[0]), trainer.output
+    notes = retry._Notes(trainer)
     trainer.step += 1
     state.tokens += 5
-    trainer.metrics["train"]["loss"].append(2.0)
-    trainer.metrics["train"]["new"].append(2.0)
+    metrics["train"]["loss"].append(2.0)
+    metrics["train"]["new"].append(2.0)
     trainer.recent.extend([3, 4, 5])
     trainer.tags.add("b")
-    trainer.rows.append(1)
+    trainer.long.append(1)
+    trainer.rows[300] = None
+    trainer.output, trainer.last = None, [torch.zeros(2)]
+    assert alive() is None
     notes.restore(trainer)
-    assert (trainer.step, trainer.metrics) == (3, {"train": {"loss": [1.0]}})
+    assert (trainer.step, state.tokens) == (3, 7)
     assert trainer.metrics is metrics
-    assert state.tokens == 7
+    assert metrics == {"train": {"loss": [1.0]}}
     assert list(trainer.recent) == [1, 2]
     assert trainer.tags == {"a"}
-    assert len(trainer.rows) == 20_001
+    assert (len(trainer.long), len(trainer.rows)) == (300, 301)
+    assert trainer.output is output
+    assert torch.equal(trainer.last[0], torch.zeros(2))
 
 
 def test_nothing_of_a_failed_pass_is_held(faults, monkeypatch, tmp_path):
     """The error holds the frames that failed: what they hold has to be free before the step is done again."""
-    import gc
-    import weakref
-
     alive, left, run = weakref.WeakSet(), [], padding._run
 
     class Held:
