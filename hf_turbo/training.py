@@ -37,7 +37,7 @@ class Training:
         self._report = report
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._added: list[checkpointing.Added] = []
-        self._retry = None
+        self._retry, self._retried = None, set[int]()
         self._patches: list[Patch] = []
         if config.memory != "as_is" and retry.conflict(trainer) is None:
             self._retry = retry.Retry(trainer, self._make_room, self._tell)
@@ -104,8 +104,9 @@ class Training:
         """Into the report, the logs and to the user."""
         step = self._trainer.state.global_step + 1
         self._report.notes.append(f"step {step}: {event}")
+        self._retried.add(step)
         if self.meter is not None:
-            self.meter.retried_steps += 1
+            self.meter.retried_steps = len(self._retried)
         warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
 
     def revert(self) -> None:

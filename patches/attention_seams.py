@@ -3,6 +3,7 @@
     "sdpa"     the entry of transformers' registry
     "eager"    the function of the modelling file that its layers hand to the registry as the default. It is a global of
                that file. The registry has no key "eager", and gets none: others list its keys and check names by them
+    others     the entry that is transformers' own for FlashAttention, which is told where documents begin
 
 Without documents each is stock. Eager functions are known by their fingerprints: one that does something else to the
 scores is left alone, and so is the backbone.

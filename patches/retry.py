@@ -202,11 +202,12 @@ class Retry:
     def _begin(self) -> None:
         """Notes what the step begins with."""
         self.begin_step()
-        model = self._trainer.model
         self._random, self._global_step = _Random(self._trainer.args.device), self._trainer.state.global_step
-        self._parameters = [each for each in model.parameters() if each.requires_grad]
+        # Those of the optimizer: a walk over the model takes longer.
+        groups = getattr(self._trainer.optimizer, "param_groups", ())
+        self._parameters = [each for group in groups for each in group["params"]]
         self._weights = _versions(iter(self._parameters))
-        known = list(model.buffers()) if self._buffers is None else [each for each, _ in self._buffers]
+        known = list(self._trainer.model.buffers()) if self._buffers is None else [each for each, _ in self._buffers]
         moved = {id(each) for each, version in self._buffers or () if each._version != version} | self._copies.keys()
         self._buffers = [(each, each._version) for each in known]
         self._copies = {id(each): each.clone() for each in known if id(each) in moved}
@@ -257,8 +258,7 @@ class Retry:
     def _again(self) -> Any:
         """All micro-batches of the step so far; what the last of them returns."""
         trainer = self._trainer
-        groups = getattr(trainer.optimizer, "param_groups", ())
-        for parameter in (*self._parameters, *(each for group in groups for each in group["params"])):
+        for parameter in (*self._parameters, *trainer.model.parameters()):
             parameter.grad = None
         for buffer, _ in self._buffers or ():
             if id(buffer) in self._copies:
