@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,6 +63,7 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="gradient checkpointing (default: with it)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how memory fills in a step, such as step.png")
 
 
 def positive(text: str) -> int:
@@ -85,7 +87,7 @@ def plan(arguments: argparse.Namespace) -> int:
         arguments.optim,
         arguments.checkpointing,
     )
-    return run(arguments.model, arguments.gpu, training, as_json=arguments.json)
+    return run(arguments.model, arguments.gpu, training, as_json=arguments.json, picture=arguments.plot)
 
 
 def launch(arguments: list[str]) -> int:

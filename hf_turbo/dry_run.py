@@ -61,11 +61,13 @@ class Step:
         parts: of what is live then, by where it was made: "forward", "loss", "backward", and there "gradients".
         kept: of each layer that is not recomputed, in the order of forward: what it keeps for backward, its input
             included, as kept_layers.py measures it; 0 of others.
+        timeline: `parts` after every change, in order.
     """
 
     peak: int
     parts: dict[str, int]
     kept: list[int]
+    timeline: list[dict[str, int]]
 
 
 # ------------------------------------------------------------------------------------------------------------ the model
@@ -185,10 +187,12 @@ class Ledger(TorchDispatchMode):
     Attributes:
         phase: under which new storages are entered.
         live: bytes by phase. peak, at_peak: the most of their sum, and what it was made of.
+        timeline: `live` after every change.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.timeline: list[dict[str, int]] = []
         self.phase, self.live, self._total = "forward", Counter[str](), 0
         self.peak, self.at_peak = 0, dict[str, int]()
         self._entries: dict[int, tuple[weakref.ref[Any], str, int]] = {}
@@ -228,14 +232,14 @@ class Ledger(TorchDispatchMode):
 
     def _leave(self, key: int) -> None:
         _, phase, size = self._entries.pop(key)
-        self.live[phase] -= size
-        self._total -= size
+        self._add(phase, -size)
 
     def _add(self, phase: str, size: int) -> None:
         self.live[phase] += size
         self._total += size
+        self.timeline.append(dict(self.live))
         if self._total > self.peak:
-            self.peak, self.at_peak = self._total, dict(self.live)
+            self.peak, self.at_peak = self._total, self.timeline[-1]
 
 
 def _adds_gradients(a: Any, b: Any, *_: Any) -> bool:
@@ -429,6 +433,7 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
             ledger.phase = "backward"
             log_prob.sum().backward()
             del log_prob
+            timeline = list(ledger.timeline)
     except (NotImplementedError, RuntimeError) as error:
         raise Unsupported(
             f"{type(causal).__name__} cannot be gone through without data: {str(error).splitlines()[0]}"
@@ -439,4 +444,4 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
         if is_adapted and recomputed is not None:
             model.disable_input_require_grads()
         model.zero_grad(set_to_none=True)
-    return Step(ledger.peak, ledger.at_peak, calls.kept)
+    return Step(ledger.peak, ledger.at_peak, calls.kept, timeline)

@@ -24,6 +24,7 @@ from hf_turbo.patches import checkpointing
 from . import dry_run
 from .policies import checkpointing as offloading
 from .policies import footprint, memory
+from .timeline import draw
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -200,6 +201,28 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
     }
 
 
+# What a step's phases leave, as in the table.
+_NAMES = {
+    "forward": "kept for backward",
+    "loss": "head and loss",
+    "backward": "temporaries of backward",
+    "gradients": "gradients",
+}
+
+
+def plot(planner: Planner, run: Run, plan: dict[str, Any], path: Path) -> None:
+    """Draws how memory fills in the course of a step, all layers recomputed if the run checkpoints.
+
+    Raises:
+        ImportError: matplotlib is not installed. OSError: the file cannot be written.
+    """
+    parts = plan["peak_bytes_by_part"]
+    resident = {name: parts[name] for name in ("weights", "adapters", "optimizer states", "workspaces of products")}
+    timeline = [{_NAMES[name]: size for name, size in each.items()} for each in planner.step(run).timeline]
+    title = f"{plan['model']}: {run.method}, {run.batch} x {run.length:,} tokens, {run.optim}"
+    draw(path, title, resident, timeline, plan["gpu_bytes"])
+
+
 def _host_bytes(planner: Planner, run: Run) -> int:
     """Pageable states of the optimizer, and inputs of layers while all are recomputed."""
     model, sizes = planner.model(run)
@@ -281,8 +304,8 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def run(model: str, gpu: str, training: Run, *, as_json: bool = False) -> int:
-    """Prints the plan; returns 0 if the run fits, 1 if it does not, 2 if there is none."""
+def run(model: str, gpu: str, training: Run, *, as_json: bool = False, picture: Path | None = None) -> int:
+    """Prints the plan, and draws it; returns 0 if the run fits, 1 if it does not, 2 if there is none."""
     from transformers.utils import logging as transformers_logging
 
     # They speak of kernels and settings of a training that does not happen here.
@@ -292,7 +315,12 @@ def run(model: str, gpu: str, training: Run, *, as_json: bool = False) -> int:
     try:
         planner = Planner(load_config(model))
         plan = describe(planner, training, memory.budget_bytes(gpu, 0))
-    except ValueError as error:
+        if picture is not None:
+            plot(planner, training, plan, picture)
+    except ImportError as error:
+        print(f"hf-turbo plan: --plot needs matplotlib: pip install matplotlib ({error})", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
         print(f"hf-turbo plan: {error}", file=sys.stderr)
         return 2
     if as_json:

@@ -35,6 +35,8 @@ MEASURED = [
     ("llama8b-qlora", None, 6.56),  # LoRA and QLoRA, second row: by a build that recomputed every layer
     ("llama8b-qlora-nockpt", None, 19.79),  # LoRA and QLoRA, third row
     ("llama8b-qlora", H200, 19.83),  # LoRA and QLoRA, "checkpointing asked for, memory free"
+    ("llama8b-qlora-32k", H200, 60.00),  # Memory
+    ("llama8b-qlora-32k", None, 12.46),  # Memory, the same with memory="as_is"
 ]
 
 
@@ -231,6 +233,31 @@ def test_errors_say_what_to_do(folder, arguments, message, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_picture_of_a_step(folder, tmp_path, capsys, monkeypatch):
+    """Areas that add up to the peak of the table."""
+    pytest.importorskip("matplotlib")
+    drawn, draw = [], planning.draw
+
+    def noted(path, title, resident, timeline, gpu_bytes):
+        drawn.append((resident, timeline))
+        draw(path, title, resident, timeline, gpu_bytes)
+
+    monkeypatch.setattr(planning, "draw", noted)
+    arguments = ("--model", folder, "--method", "lora", "--gpu", "80GiB", "--length", 512, "--json", "--plot")
+    assert run_plan(*arguments, tmp_path / "step.png") == 0
+    assert (tmp_path / "step.png").read_bytes().startswith(b"\x89PNG")
+    ((resident, timeline),) = drawn
+    plan = json.loads(capsys.readouterr().out)
+    most = max(sum(each.values()) for each in timeline)
+    assert sum(resident.values()) + most == plan["peak_bytes"]
+    assert timeline[-1]["gradients"] > 0.9 * sum(timeline[-1].values())  # the inputs are there, too
+    assert run_plan(*arguments, tmp_path / "no folder" / "step.png") == 2
+    assert "no folder" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run_plan(*arguments, tmp_path / "other.png") == 2
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch):
