@@ -345,6 +345,7 @@ def alone_plans(rank: int) -> list[list[int]]:
     return [batching.passes([int(each["attention_mask"].sum()) for each in batches], 70) for batches in steps]
 
 
+@pytest.mark.newest
 def test_fsdp2_shares_the_same_passes_on_all_ranks(tmp_path):
     """Weights are gathered layer by layer: a rank with fewer passes would wait for ever."""
     ranks = start(sharing_worker, tmp_path)

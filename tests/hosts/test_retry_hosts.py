@@ -127,6 +127,7 @@ def test_the_same_bits(place, call, checkpointing, faults, counted, tmp_path):
         assert torch.equal(without.logged(name), faulty.logged(name)), name
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("make", [make_sft, make_plain, make_reward, make_dpo, make_adapted_dpo, make_kto, make_grpo])
 @pytest.mark.parametrize("place", ["attention", "attention backward"])
 def test_trainers_with_accumulation(make, place, faults, counted, tmp_path):
