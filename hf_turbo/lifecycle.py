@@ -609,10 +609,9 @@ def _write_report_at_exit() -> None:
 
 def _revert(patches: list[Patch], report_: Report) -> None:
     """Reverts in reverse order and empties the list."""
-    while patches:
-        patch = patches.pop()
-        if not patch.revert():
-            report_.notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
+    from hf_turbo.patches import engine
+
+    report_.notes.extend(engine.revert_all(patches))
 
 
 def _training_device(model: nn.Module, trainer: Any, by_loop: bool) -> Any:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from hf_turbo.patches import checkpointing
     from hf_turbo.patches.engine import Patch
 
     from .config import TurboConfig
@@ -36,7 +35,6 @@ class Training:
         self.agreement = Agreement() if is_sharded else None
         self._report = report
         self._masks_reference = trainer_patches.masks_reference(trainer)
-        self._added: list[checkpointing.Added] = []
         self._retry, self._retried = None, set[int]()
         self._patches: list[Patch] = []
         if config.memory != "as_is" and retry.conflict(trainer) is None:
@@ -93,10 +91,10 @@ class Training:
         padding.begin_again(self.models)
         if checkpointing.tighten(model) or tries == 0:
             return "each micro-batch in a pass of its own and less kept"
-        if not self._added and checkpointing.Added.can_apply(model):
+        if checkpointing.Added.can_apply(model):
             added = checkpointing.Added(model)
             added.apply()
-            self._added.append(added)
+            self._patches.append(added)
             return "gradient checkpointing, for the rest of this training"
         return None
 
@@ -111,13 +109,9 @@ class Training:
 
     def revert(self) -> None:
         """Puts back what is around the steps."""
-        while self._patches:
-            patch = self._patches.pop()
-            if not patch.revert():
-                note = f"{patch.id} was changed by something else since; left as it is, acting as stock"
-                self._report.notes.append(note)
-        while self._added:
-            self._added.pop().revert()
+        from hf_turbo.patches import engine
+
+        self._report.notes.extend(engine.revert_all(self._patches))
 
     def end(self) -> list[str]:
         """Puts everything back; what is worth a note in the report."""

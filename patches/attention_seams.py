@@ -15,6 +15,7 @@ import ast
 import functools
 import inspect
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -66,10 +67,10 @@ def _registry() -> Any:
     return registry
 
 
-@functools.cache
-def _sdpa(registry: Any) -> ProcessPatch:
-    mapping = registry._global_mapping
-    stock = mapping["sdpa"]
+def _seam(id: str, functions: dict[str, Any], name: str, by_documents: Callable[..., Any]) -> ProcessPatch:
+    """The patch of an attention function that calls `by_documents(documents, module, query, key, value, ...)` instead,
+    with what else it is called with but the mask, where there are documents."""
+    stock = functions[name]
 
     def attention(
         module: nn.Module,
@@ -77,19 +78,35 @@ def _sdpa(registry: Any) -> ProcessPatch:
         key: torch.Tensor,
         value: torch.Tensor,
         attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        documents = kwargs.get("documents")
+        if not isinstance(documents, Documents):
+            return stock(module, query, key, value, attention_mask, *args, **kwargs)
+        del kwargs["documents"]
+        return by_documents(documents, module, query, key, value, *args, **kwargs)
+
+    return ProcessPatch(id, functions, name, attention)
+
+
+@functools.cache
+def _sdpa(registry: Any) -> ProcessPatch:
+    def by_documents(
+        documents: Documents,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         dropout: float = 0.0,
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        documents = kwargs.get("documents")
-        if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
-        del kwargs["documents"]
         kwargs.update(dropout=dropout, scaling=scaling, is_causal=is_causal)
         return attend(documents, module, query, key, value, **kwargs), None
 
-    return ProcessPatch("padding:sdpa", mapping, "sdpa", attention)
+    return _seam("padding:sdpa", registry._global_mapping, "sdpa", by_documents)
 
 
 def _eager_global(attention: type) -> tuple[ModuleType, str]:
@@ -115,26 +132,21 @@ def _eager_global(attention: type) -> tuple[ModuleType, str]:
 @functools.cache
 def _eager(module: ModuleType, name: str) -> ProcessPatch:
     """Raises NotUnderstood where the function computes anything else than is computed here."""
-    stock = vars(module)[name]
-    body = fingerprint(stock)
+    body = fingerprint(vars(module)[name])
     if body not in (_PLAIN, _CAPPED, _WITH_SINKS):
         raise NotUnderstood("the eager function of its attention is not known")
 
-    def attention(
+    def by_documents(
+        documents: Documents,
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        documents = kwargs.get("documents")
-        if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, *args, **kwargs)
         if args or kwargs.get("scaling") is None:
             raise NotUnderstood("attention is called without a scale")
-        del kwargs["documents"]
         if not module.training:
             kwargs["dropout"] = 0.0
         if body == _CAPPED:
@@ -143,7 +155,7 @@ def _eager(module: ModuleType, name: str) -> ProcessPatch:
             kwargs["sinks"], kwargs["s_aux"] = module.sinks, None
         return attend(documents, module, query, key, value, **kwargs), None
 
-    return ProcessPatch(f"padding:{module.__name__}.{name}", vars(module), name, attention)
+    return _seam(f"padding:{module.__name__}.{name}", vars(module), name, by_documents)
 
 
 @functools.cache
@@ -153,27 +165,22 @@ def _flash(registry: Any, implementation: str | None) -> ProcessPatch:
     flash = getattr(sys.modules.get(_FLASH), "flash_attention_forward", None)
     if flash is None or implementation is None or mapping.get(implementation) is not flash:
         raise NotUnderstood(f"attn_implementation is {implementation!r}")
-    stock = mapping[implementation]
 
-    def attention(
+    def by_documents(
+        documents: Documents,
         module: nn.Module,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
         *args: Any,
+        position_ids: torch.Tensor | None = None,  # read off the device, in each layer, to find what is given here
         **kwargs: Any,
     ) -> Any:
-        documents = kwargs.get("documents")
-        if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, *args, **kwargs)
         if not query.shape[2] or key.shape[2] != query.shape[2]:
             raise NotUnderstood("attention has other keys than those of the tokens, or no tokens at all")
         documents.calls += 1
-        # Positions would be read off the device, in each layer, to find the documents that are given here.
-        kwargs = {name: each for name, each in kwargs.items() if name not in ("documents", "position_ids")}
         kwargs["cu_seq_lens_q"] = kwargs["cu_seq_lens_k"] = documents.starts
         kwargs["max_length_q"] = kwargs["max_length_k"] = documents.longest
-        return stock(module, query, key, value, None, *args, **kwargs)
+        return flash(module, query, key, value, None, *args, **kwargs)
 
-    return ProcessPatch(f"padding:{implementation}", mapping, implementation, attention)
+    return _seam(f"padding:{implementation}", mapping, implementation, by_documents)

@@ -141,6 +141,16 @@ class ClassSwap(Patch):
         return True
 
 
+def revert_all(patches: list[Patch]) -> list[str]:
+    """Reverts in reverse order and empties the list; what is to be said of those that something else has changed."""
+    notes = []
+    while patches:
+        patch = patches.pop()
+        if not patch.revert():
+            notes.append(f"{patch.id} was changed by something else since; left as it is, acting as stock")
+    return notes
+
+
 def look_like(replacement: Any, stock: Any) -> None:
     """Gives a replacement the name, documentation and signature of what it replaces; hosts read signatures.
 

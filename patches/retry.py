@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from .recomputation import random_states, set_random_states
+from .trainer import gathers_weights, step_conflict
 
 _CONTAINERS = (dict, defaultdict, OrderedDict, list, set, deque)
 # Of a longer list of numbers only the length is noted: a step adds to its end. Others as large are no notes of a step.
@@ -280,18 +281,11 @@ def _free() -> None:
 
 def conflict(trainer: Any) -> str | None:
     """Why no step of this trainer is done again, or None."""
-    training_step, optim = type(trainer).training_step, str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.args.auto_find_batch_size:
         return "auto_find_batch_size is on"
-    if trainer.accelerator.num_processes > 1 or trainer.args.n_gpu > 1:
+    if trainer.accelerator.num_processes > 1:
         return "several processes would have to do it together"
-    if str(getattr(trainer.accelerator.distributed_type, "value", "NO")) not in {"NO", "MULTI_GPU", "MULTI_CPU"}:
-        return "the optimizer steps within backward"
-    if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
-        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
-    if "lomo" in optim or "layerwise" in optim:
-        return f"{optim} steps at every backward"
-    return None
+    return gathers_weights(trainer) or step_conflict(trainer)
 
 
 # ------------------------------------------------------------------------------------------------------- the optimizer

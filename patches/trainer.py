@@ -146,16 +146,27 @@ def gathers_weights(trainer: Any) -> str | None:
     return None if kind in {"NO", "MULTI_CPU", "MULTI_GPU"} else kind.lower()
 
 
+def step_conflict(trainer: Any) -> str | None:
+    """Why what this trainer's training step does is not known, or None."""
+    training_step = type(trainer).training_step
+    if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
+        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
+    if trainer.args.n_gpu > 1:
+        return "nn.DataParallel; launch one process per device instead"
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in optim or "layerwise" in optim:
+        return f"{optim} steps at every backward"
+    return None
+
+
 def merging_conflict(trainer: Any) -> str | None:
     """Why each micro-batch of this trainer is a pass of its own, or None.
 
     Backward of a pass runs with the last of its micro-batches: what acts at every backward would miss the others.
     """
-    training_step, args = type(trainer).training_step, trainer.args
-    if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
-        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
-    if args.n_gpu > 1:
-        return "nn.DataParallel; launch one process per device instead"
+    args, against = trainer.args, step_conflict(trainer)
+    if against is not None:
+        return against
     kind = gathers_weights(trainer)
     if kind is not None and not getattr(trainer.accelerator, "is_fsdp2", False):
         return f"{kind} gathers weights at every pass"
@@ -165,9 +176,6 @@ def merging_conflict(trainer: Any) -> str | None:
         return "activation_offloading is on: TRL offloads at every pass"
     if getattr(args, "torch_compile", False):
         return "torch_compile is on"
-    optim = str(getattr(args.optim, "value", args.optim))
-    if "lomo" in optim or "layerwise" in optim:
-        return f"{optim} steps at every backward"
     for callback in trainer.callback_handler.callbacks:
         method = type(callback).on_substep_end
         if method.__module__.partition(".")[0] not in _LIBRARIES:
