@@ -35,7 +35,7 @@ class TurboConfig:
         lora: LoRA layers of PEFT and 4-bit layers of bitsandbytes are one function each; query, key and value
             projections, and whole gated MLPs, are one function together.
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
-            faster, for two bytes a weight more memory.
+            faster, for two bytes a weight more memory; "auto": where that is a small part of what is free.
         padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
             so in rows that the script has packed. "auto": where the loss is known to leave padding out.
         merging: with gradient accumulation, micro-batches share passes through the backbone, as many as memory allows.
@@ -69,6 +69,7 @@ class TurboConfig:
     rope: Choice = "auto"
     loss: Choice = "auto"
     lora: Choice = "auto"
+    expanded_weights: Choice = "auto"
     padding: Choice = "auto"
     merging: Choice = "auto"
     graphs: Choice = "auto"
@@ -79,7 +80,6 @@ class TurboConfig:
     memory: Memory = "auto"
     memory_budget: str | float | None = None
     max_tokens_per_pass: int | None = None
-    expanded_weights: bool = False
     metrics: bool = True
     report: bool = True
 

@@ -105,7 +105,8 @@ class _Activation:
             "loss": (find_loss, conflict or loss_conflict),
         }
         if self.config.lora is True or lora.concerns(model):
-            roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
+            expands = self._keeps_expanded(model, trainer, by_loop)
+            roles["lora"] = (lambda: lora.find(model, expands), conflict)
         if self.config.padding is True or (self.config.padding and padding.backbones(model)):
             device = _training_device(model, trainer, by_loop)
             against = None
@@ -156,8 +157,26 @@ class _Activation:
             rows.append(row)
             if role == "merging" and row.patched:
                 self._merging.add(model)
+        if "lora" in roles and expands and self.config.expanded_weights == "auto":
+            size = lora.expanded_bytes(model) / 2**30
+            self.report.notes.append(f"{name}: 4-bit weights stay expanded, in {size:.1f} GiB of what is free")
         self.report.models[id(model)] = rows
         self._met.add(model)
+
+    def _keeps_expanded(self, model: nn.Module, trainer: Any, by_loop: bool) -> bool:
+        """Whether the 4-bit weights of a model stay expanded."""
+        from hf_turbo.patches import device_memory, lora
+        from hf_turbo.patches import trainer as trainer_patches
+
+        from .policies import memory
+
+        config = self.config
+        if config.expanded_weights != "auto":
+            return config.expanded_weights
+        if config.memory_budget is not None or (trainer is not None and trainer_patches.gathers_weights(trainer)):
+            return False
+        free = device_memory.free(_training_device(model, trainer, by_loop))
+        return memory.keeps_expanded(lora.expanded_bytes(model), free, config.memory)
 
     def _sharing_conflict(self, role: str, model: nn.Module, trainer: Any) -> str | None:
         """Why micro-batches do not share work in this training, or None."""

@@ -85,11 +85,12 @@ class Training:
 
     def _make_room(self, tries: int) -> str | None:
         """Less memory for the step that is done again, and for those to come; None where there is no way left."""
-        from hf_turbo.patches import checkpointing, padding
+        from hf_turbo.patches import checkpointing, expanded_weights, padding
 
         model = self._trainer.model
         padding.begin_again(self.models)
-        if checkpointing.tighten(model) or tries == 0:
+        given_up = expanded_weights.give_up()
+        if checkpointing.tighten(model) or given_up or tries == 0:
             return "each micro-batch in a pass of its own and less kept"
         if checkpointing.Added.can_apply(model):
             added = checkpointing.Added(model)

@@ -99,6 +99,15 @@ def forget_waiting() -> None:
     _WAITING.clear()
 
 
+def give_up() -> bool:
+    """After memory ran out: none is kept any more. False where none was."""
+    kept = [expander for expander in list(_EXPANDERS.values()) if expander.keep]
+    for expander in kept:
+        expander.keep = False
+        expander.let_go()
+    return bool(kept)
+
+
 def let_go() -> None:
     """Holds no tensors any more, so that a model which is moved now leaves nothing behind."""
     forget_waiting()

@@ -13,6 +13,7 @@ evaluation and generation: bitsandbytes has faster paths for few rows.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable
@@ -604,6 +605,12 @@ def end_training() -> None:
 def concerns(model: nn.Module) -> bool:
     """Whether a model has LoRA or 4-bit layers at all."""
     return any(_is_adapter(module) or _is_4bit(module) for module in model.modules())
+
+
+def expanded_bytes(model: nn.Module) -> int:
+    """What the 4-bit weights of a model take when expanded."""
+    layers = (module.weight.quant_state for module in model.modules() if _is_4bit(module))  # type: ignore[union-attr]
+    return sum(math.prod(state.shape) * state.dtype.itemsize for state in layers if state is not None)
 
 
 def find(model: nn.Module, keep_expanded: bool = False) -> Finding:

@@ -16,6 +16,10 @@ Choice = Literal["auto", "as_is", "max_speed"]
 # layer being recomputed: see batching.py, which takes half), and for other processes.
 SHARE_OF_FREE_MEMORY: dict[str, float] = {"auto": 0.4, "max_speed": 0.8}
 
+# Of the memory that is free when a training begins, 4-bit weights that stay expanded may take so much: an eighth, since
+# nothing has been measured yet, and most of the rest is for layers that need no recomputation.
+SHARE_FOR_EXPANDED_WEIGHTS: dict[str, float] = {"auto": 0.125, "max_speed": 0.25}
+
 # Of what the rest of a pass was measured to take, so much stays free beside the layers kept.
 MARGIN = 1.2
 _LEAST = 2**20
@@ -55,6 +59,15 @@ def room(free: float, rest: float, choice: Choice = "auto") -> float:
         rest: bytes that the pass takes besides, at most.
     """
     return min(SHARE_OF_FREE_MEMORY.get(choice, 0.0) * free, free - MARGIN * rest)
+
+
+def keeps_expanded(expanded: int, free: int | None, choice: Choice = "auto") -> bool:
+    """Whether 4-bit weights stay expanded.
+
+    Args:
+        expanded: bytes of all of them. free: bytes of device memory when the training begins; None where unknown.
+    """
+    return free is not None and 0 < expanded <= SHARE_FOR_EXPANDED_WEIGHTS.get(choice, 0.0) * free
 
 
 def layers_to_keep(sizes: Sequence[float], room: float) -> int:

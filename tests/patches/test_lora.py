@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.utils.prune
-from hf_turbo.patches import expanded_weights
+from hf_turbo.patches import device_memory, expanded_weights
 from hf_turbo.patches import lora as lora_patches
 from hf_turbo.patches.engine import forward_of, is_swapped
 from torch import nn
@@ -1559,6 +1559,22 @@ def test_a_model_that_is_dropped_is_let_go(name):
         assert not lora_patches._GROUPS
         assert not lora_patches._RECIPES
         assert not any(each.keep for each in expanders())
+
+
+@pytest.mark.parametrize(("free", "kept"), [(10**9, True), (10**4, False)])
+def test_weights_stay_expanded_where_memory_is_plainly_free(monkeypatch, free, kept):
+    """And no longer once memory ran out; the bits are the same in all cases."""
+    monkeypatch.setattr(device_memory, "free", lambda device: free)
+    model = CASES["nf4-double"].make(0)
+    with turbo(model, expanded_weights=False):
+        expected = run(model, batch())
+    with turbo(model, expanded_weights="auto", memory="auto") as report:
+        assert_same(run(model, batch()), expected, bits=True)
+        assert any(each.keep for each in expanders()) is kept
+        assert any("stay expanded" in note for note in report.notes) is kept
+        assert expanded_weights.give_up() is kept
+        assert_same(run(model, batch()), expected, bits=True)
+        assert not any(each.keep or each._dense is not None for each in expanders())
 
 
 def test_a_graph_outlives_its_model():
