@@ -227,6 +227,7 @@ WORKLOADS: dict[str, Workload] = {
     "llama1b-lora-packed-64k": Workload(
         "llama-3.2-1b", batch_size=1, packed=65_536, checkpointing=True, **LORA, **{**CHAT, "median": 1500, "cap": 8192}
     ),
+    "llama8b-full": Workload("llama-3.1-8b", batch_size=1, median=2048, checkpointing=True, optim="paged_adamw_8bit"),
     "qwen3-4b-full": Workload("qwen3-4b", batch_size=2, median=2048, checkpointing=True),
     "qwen3-moe-lora": Workload("qwen3-moe-12-layers", batch_size=2, median=2048, lora_targets=ATTENTION, **LORA),
 }
