@@ -55,7 +55,8 @@ class TurboConfig:
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
         host: less time on the host between steps: `train()`, `parameters()` and other walks over a model's modules take
-            one loop each, and Trainer's check for a NaN loss waits for the loss, not for the backward pass.
+            one loop each, Trainer's check for a NaN loss waits for the loss, not for the backward pass, and the next
+            batches are fetched while the device computes.
         metrics: add `turbo/tokens_per_second`, `turbo/peak_memory_gib` and `turbo/mfu` to the Trainer's own logs.
         report: print the table of what was patched at train begin and write `hf_turbo_report.json` to `output_dir`.
 

@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -472,7 +472,7 @@ def _hook_entries() -> None:
 
     def hook_trainer_class() -> None:
         cls = _loaded(trainer_patches.MODULE).Trainer
-        hook(trainer_patches.entry_patches(cls, _around_train, _model_made, _batches_fetched))
+        hook(trainer_patches.entry_patches(cls, _around_train, _model_made, _around_fetch, _batches_fetched))
 
     def hook_accelerator_class() -> None:
         cls = _loaded(accelerate_patches.MODULE).Accelerator
@@ -563,6 +563,13 @@ def _model_made(trainer: Any, model: nn.Module) -> None:
         for activation in _STATE.activations:
             if trainer in activation.training:
                 activation.meet(model, trainer)
+
+
+def _around_fetch(trainer: Any) -> AbstractContextManager[Any]:
+    """What the batches of a step are fetched in."""
+    trainings = (activation.training[trainer] for activation in _STATE.activations if trainer in activation.training)
+    training = next(trainings, None)
+    return nullcontext() if training is None else training.around_fetch()
 
 
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -26,7 +26,7 @@ class Training:
     """
 
     def __init__(self, trainer: Any, meter: MetricsCallback | None, config: TurboConfig, report: Report):
-        from hf_turbo.patches import retry
+        from hf_turbo.patches import prefetch, retry
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches.agreement import Agreement
 
@@ -37,16 +37,21 @@ class Training:
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
         self._patches: list[Patch] = []
+        # On a CPU it would be in the way of the computation.
+        acts = config.host is True or (config.host == "auto" and trainer.args.device.type != "cpu")
+        self._prefetch = prefetch.Prefetch(trainer) if acts else None
         if config.memory != "as_is" and retry.conflict(trainer) is None:
             self._retry = retry.Retry(trainer, self._make_room, self._tell)
 
     def begin(self) -> None:
         """After the patches of the process have been applied, which are there for longer."""
-        from hf_turbo.patches import accelerate
+        from hf_turbo.patches import accelerate, prefetch
         from hf_turbo.patches import trainer as trainer_patches
 
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
-        if self._retry is not None:
+        if self._prefetch is not None and prefetch.patch().can_apply():
+            self._patches.append(prefetch.patch())
+        if self._retry is not None or self._prefetch is not None:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
         for patch in self._patches:
             patch.apply()
@@ -76,7 +81,14 @@ class Training:
 
         if optimizer is not self._trainer.optimizer or not is_live():
             return compute()
-        return retry.step_optimizer(optimizer, compute, make_room)
+        result = compute() if self._retry is None else retry.step_optimizer(optimizer, compute, make_room)
+        if self._prefetch is not None:
+            self._prefetch.fetch()
+        return result
+
+    def around_fetch(self) -> AbstractContextManager[None]:
+        """What the micro-batches of the next optimizer step are fetched in."""
+        return nullcontext() if self._prefetch is None else self._prefetch.watched()
 
     def begin_step(self) -> None:
         """The micro-batches of an optimizer step have been fetched."""
@@ -121,5 +133,6 @@ class Training:
         self.revert()
         if self.agreement is not None:
             self.agreement.close()
-        notes = [padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
+        data = None if self._prefetch is None else self._prefetch.end()
+        notes = [data, padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
         return [note for note in notes if note]

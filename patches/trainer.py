@@ -22,6 +22,7 @@ def entry_patches(
     trainer_cls: Any,
     around_train: Callable[[Any], AbstractContextManager[Any]],
     model_made: Callable[[Any, Any], None],
+    around_fetch: Callable[[Any], AbstractContextManager[Any]],
     batches_fetched: Callable[[Any, list[Any]], None],
 ) -> list[Patch]:
     """Patches of the Trainer class.
@@ -29,7 +30,8 @@ def entry_patches(
     Args:
         around_train: given the trainer, a context to run `train()` in.
         model_made: called with the trainer and a model that its `model_init` returned.
-        batches_fetched: called with the trainer and the micro-batches of the next optimizer step.
+        around_fetch: given the trainer, a context to fetch the micro-batches of the next optimizer step in.
+        batches_fetched: called with the trainer and these micro-batches.
     """
     stock_train, stock_init = trainer_cls.train, trainer_cls.call_model_init
     stock_samples, stock_operations = trainer_cls.get_batch_samples, trainer_cls.floating_point_ops
@@ -45,7 +47,8 @@ def entry_patches(
         return model
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock_samples(self, *args, **kwargs)
+        with around_fetch(self):
+            result = stock_samples(self, *args, **kwargs)
         batches_fetched(self, result[0])
         return result
 

@@ -1,0 +1,208 @@
+"""The batches of the next step, fetched while the device computes this one.
+
+Without worker processes a DataLoader reads, collates and pins a batch when it is asked for it: when a step is over, its
+loss has been waited for, and the device has nothing to do. Here that work is done as soon as the optimizer's step has
+been launched. The same batches in the same order; what asks for them, and what it notes of having done so (the end of
+an epoch, the remainder of a last batch), is as before.
+
+Left as they are: iterable datasets, which have a state, datasets and collators that are not known to go by the index
+alone, and all that draw random numbers, since theirs would come before those that the rest of the step draws.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+
+from .engine import ProcessPatch
+from .recomputation import random_states, set_random_states
+
+_NEXT = "_next_data"
+_CPU = torch.device("cpu")
+# Fetched as in stock before any is fetched early: whether they draw random numbers is to be seen.
+_WATCHED = 2
+
+_watching: Prefetch | None = None
+
+
+class _Random:
+    """The states of the generators that a dataset or a collator may draw from."""
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self._torch, self._python = random_states(_CPU), random.getstate()
+        self._numpy = None if numpy is None else numpy.random.get_state(legacy=False)
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Random)
+            and all(map(torch.equal, self._torch, other._torch))
+            and self._python == other._python
+            and _plain(self._numpy) == _plain(other._numpy)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def restore(self) -> None:
+        set_random_states(self._torch, _CPU)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+class Prefetch:
+    """Of one training.
+
+    Attributes:
+        fetched: batches in all. early: those fetched while the device computed.
+        against: why no batch is fetched early, or None.
+    """
+
+    def __init__(self, trainer: Any):
+        self.fetched = self.early = 0
+        self.against, self._trainer = _conflict(trainer), trainer
+        self._iterator: weakref.ref[Any] | None = None
+        self._of_iterator = self._watched = 0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Around the fetching of a step's batches: what is asked for them."""
+        global _watching
+        _watching, outer = self, _watching
+        try:
+            yield
+        finally:
+            _watching = outer
+
+    def observe(self, iterator: Any, fetch: Callable[[Any], Any]) -> Any:
+        """What `fetch` returns, having seen whether that draws random numbers."""
+        self.fetched += 1
+        if self._iterator is None or self._iterator() is not iterator:
+            self._iterator, self._of_iterator = weakref.ref(iterator), 0
+        self._of_iterator += 1
+        # The first of an epoch has the sampler draw the order of all.
+        if self.against is not None or self._of_iterator == 1 or self._watched >= _WATCHED:
+            return fetch(iterator)
+        before = _Random()
+        batch = fetch(iterator)
+        self._watched += 1
+        if before != _Random():
+            self.against = "fetching them draws random numbers"
+        return batch
+
+    def fetch(self) -> None:
+        """Fetches the batches of the next step, after the optimizer's step has been launched."""
+        iterator = None if self._iterator is None else self._iterator()
+        if self.against is not None or self._watched < _WATCHED or iterator is None or _NEXT in vars(iterator):
+            return
+        state = self._trainer.state
+        if state.global_step + 1 >= state.max_steps:  # the present step is not counted yet
+            return
+        if iterator._dataset_kind != 0:  # of indices
+            self.against = "an iterable dataset"
+            return
+        waiting: deque[Callable[[], Any]] = deque()
+        for _ in range(self._trainer.args.gradient_accumulation_steps):
+            before = _Random()
+            try:
+                batch = type(iterator)._next_data(iterator)
+            except BaseException as error:  # the end of the epoch, or the script's own: raised when asked for
+                waiting.append(_raises(error))
+                break
+            after = _Random()
+            if before != after:
+                self.against = "fetching them draws random numbers"
+                before.restore()
+                waiting.append(_draws(batch, before, after))
+                break
+            self.early += 1
+            waiting.append(_returns(batch))
+        if waiting:
+            vars(iterator)[_NEXT] = types.MethodType(_hand_out(waiting), iterator)
+
+    def end(self) -> str | None:
+        """What came of it, for the report."""
+        self._iterator = None
+        if self.early:
+            until = f", and then no more: {self.against}" if self.against else ""
+            return f"data: {self.early} of {self.fetched} batches were fetched while the device computed{until}"
+        return f"data: batches are fetched between steps: {self.against}" if self.against and self.fetched else None
+
+
+def _returns(batch: Any) -> Callable[[], Any]:
+    return lambda: batch
+
+
+def _raises(error: BaseException) -> Callable[[], Any]:
+    def hand_out() -> Any:
+        raise error
+
+    return hand_out
+
+
+def _draws(batch: Any, before: _Random, after: _Random) -> Callable[[], Any]:
+    """A batch for which random numbers were drawn after all: as if they were drawn now, if nothing else was since."""
+
+    def hand_out() -> Any:
+        if before == _Random():
+            after.restore()
+        return batch
+
+    return hand_out
+
+
+def _hand_out(waiting: deque[Callable[[], Any]]) -> Callable[[Any], Any]:
+    """The iterator's own `_next_data` until nothing waits any more: what waits is not lost whatever is switched off."""
+
+    def _next_data(self: Any) -> Any:
+        batch = waiting.popleft()
+        if not waiting:
+            vars(self).pop(_NEXT, None)
+        if _watching is not None:
+            _watching.fetched += 1
+        return batch()
+
+    return _next_data
+
+
+def _conflict(trainer: Any) -> str | None:
+    """Why the batches of a trainer are fetched as in stock, or None."""
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    if type(dataset).__module__.partition(".")[0] not in {"datasets", "torch"}:
+        return f"{type(dataset).__name__} is a dataset of the script's own"
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        return "the dataset has a transform of the script's own"
+    owner = collator if isinstance(collator, types.FunctionType) else type(collator)
+    if owner.__module__.partition(".")[0] not in {"transformers", "trl", "torch"}:
+        return f"{owner.__name__} is a collator of the script's own"
+    return None
+
+
+def _make_next_data(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _next_data(self: Any) -> Any:
+        return stock(self) if _watching is None else _watching.observe(self, stock)
+
+    return _next_data
+
+
+@functools.cache
+def patch() -> ProcessPatch:
+    """Of DataLoaders without workers: which of them a training asks."""
+    cls = _SingleProcessDataLoaderIter
+    return ProcessPatch("host:prefetch", cls, _NEXT, _make_next_data(cls._next_data))
