@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data.dataloader import _SingleProcessDataLoaderIter
+from torch.utils.data.dataloader import _DatasetKind, _SingleProcessDataLoaderIter
 
 from .engine import ProcessPatch
 from .recomputation import random_states, set_random_states
@@ -76,7 +76,8 @@ class Prefetch:
 
     def __init__(self, trainer: Any):
         self.fetched = self.early = 0
-        self.against, self._trainer = _conflict(trainer), trainer
+        self.against: str | None = None
+        self._trainer = trainer
         self._iterator: weakref.ref[Any] | None = None
         self._of_iterator = self._watched = 0
 
@@ -95,6 +96,7 @@ class Prefetch:
         self.fetched += 1
         if self._iterator is None or self._iterator() is not iterator:
             self._iterator, self._of_iterator = weakref.ref(iterator), 0
+            self.against = self.against or _conflict(iterator)
         self._of_iterator += 1
         # The first of an epoch has the sampler draw the order of all.
         if self.against is not None or self._of_iterator == 1 or self._watched >= _WATCHED:
@@ -114,15 +116,12 @@ class Prefetch:
         state = self._trainer.state
         if state.global_step + 1 >= state.max_steps:  # the present step is not counted yet
             return
-        if iterator._dataset_kind != 0:  # of indices
-            self.against = "an iterable dataset"
-            return
         waiting: deque[Callable[[], Any]] = deque()
         for _ in range(self._trainer.args.gradient_accumulation_steps):
             before = _Random()
             try:
                 batch = type(iterator)._next_data(iterator)
-            except BaseException as error:  # the end of the epoch, or the script's own: raised when asked for
+            except Exception as error:  # the end of the epoch, or the script's own: raised when asked for
                 waiting.append(_raises(error))
                 break
             after = _Random()
@@ -149,7 +148,7 @@ def _returns(batch: Any) -> Callable[[], Any]:
     return lambda: batch
 
 
-def _raises(error: BaseException) -> Callable[[], Any]:
+def _raises(error: Exception) -> Callable[[], Any]:
     def hand_out() -> Any:
         raise error
 
@@ -181,9 +180,13 @@ def _hand_out(waiting: deque[Callable[[], Any]]) -> Callable[[Any], Any]:
     return _next_data
 
 
-def _conflict(trainer: Any) -> str | None:
-    """Why the batches of a trainer are fetched as in stock, or None."""
-    dataset, collator = trainer.train_dataset, trainer.data_collator
+def _conflict(iterator: Any) -> str | None:
+    """Why the batches of an iterator are fetched as in stock, or None."""
+    dataset, collator = iterator._dataset, iterator._collate_fn
+    if type(collator).__module__ == "transformers.trainer_utils":  # it removes columns first
+        collator = getattr(collator, "data_collator", collator)
+    if iterator._dataset_kind != _DatasetKind.Map:
+        return "an iterable dataset"
     if type(dataset).__module__.partition(".")[0] not in {"datasets", "torch"}:
         return f"{type(dataset).__name__} is a dataset of the script's own"
     if (getattr(dataset, "format", None) or {}).get("type") == "custom":
