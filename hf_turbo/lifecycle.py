@@ -268,6 +268,9 @@ class _Activation:
         asked: dict[str, tuple[Any, str]] = {} if weights == "as_is" else {"bf16_weights": (weights, "as_is")}
         asked |= {"optimizer": (True, "auto")} if self.config.optimizer is True else {}
         optimizer, on_cpu = optimizers.unwrapped(optimizer), bool(asked)
+        for trainer, training in self.training.items():
+            if getattr(trainer, "accelerator", None) is accelerator:
+                training.optimizer_made(optimizer)
         conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
         name = type(optimizer).__name__
         finding = optimizers.find(optimizer, self.report.notes.append, on_cpu, weights, self._seed(accelerator))

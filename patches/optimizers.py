@@ -29,6 +29,7 @@ from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
 from hf_turbo.kernels.clip_grad_norm import clip_grad_norm
 from torch.optim import Optimizer
 
+from . import paged_optimizers
 from .bf16_weights import REMAINDER, Bf16Weights, Choice, has_bf16
 from .engine import (
     ClassSwap,
@@ -445,10 +446,11 @@ def _stock_step(cls: type) -> Callable[..., Any]:
 
 @functools.cache
 def _same_name_subclass(base: type) -> type:
-    """A subclass of an optimizer class that differs in `step`, and in loading what bf16 weights have besides. Hooks run
-    as in stock: once, around either step.
+    """A subclass of an optimizer class that differs in `step`, and in loading what bf16 weights have besides; one that
+    stands in for another saves and loads as that does. Hooks run as in stock: once, around either step.
     """
     stock, stock_load = _stock_step(base), base.load_state_dict  # type: ignore[attr-defined]
+    stock_state_dict = base.state_dict  # type: ignore[attr-defined]
 
     def step(self: Any, closure: Any = None) -> Any:
         stepper = _PATCHED.get(self)
@@ -459,20 +461,33 @@ def _same_name_subclass(base: type) -> type:
         return stock(self, closure)
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        result = stock_load(self, state_dict, *args, **kwargs)
+        stand_in = paged_optimizers.stand_in_of(self)
+        if stand_in is None:
+            result = stock_load(self, state_dict, *args, **kwargs)
+        else:
+            state_dict = stand_in.to_load(self, state_dict)
+            result = stock_load(self, state_dict, move_to_device=False)
+            paged_optimizers.page_states(self)
         stepper = _PATCHED.get(self)
         if stepper is not None:
             stepper.weights.restore(self, state_dict)
         return result
 
+    def state_dict(self: Any) -> Any:
+        stand_in = paged_optimizers.stand_in_of(self)
+        return stock_state_dict(self) if stand_in is None else stand_in.saved(stock_state_dict(self))
+
     look_like(load_state_dict, stock_load)
+    look_like(state_dict, stock_state_dict)
 
     look_like(step, stock)
     hooked = Optimizer.profile_hook_step(step)
     hooked.hooked = True  # type: ignore[attr-defined]
 
     stock_step = base.step  # type: ignore[attr-defined]
-    return same_name_subclass(base, step=hooked, load_state_dict=load_state_dict, _hf_turbo_stock_step=stock_step)
+    return same_name_subclass(
+        base, step=hooked, load_state_dict=load_state_dict, state_dict=state_dict, _hf_turbo_stock_step=stock_step
+    )
 
 
 class _StepPatch(ClassSwap):
@@ -630,9 +645,12 @@ def find(
         seed: of rounding by chance; the same in all processes that train the same weights.
     """
     finding = Finding("optimizer", "adamw, clip_grad_norm", Exactness.REASSOCIATED, found=1)
+    stand_in = paged_optimizers.stand_in_of(optimizer)
+    if stand_in is not None:
+        finding.kernel = f"adamw ({stand_in.paged} for {stand_in.optim}), clip_grad_norm"
     if bf16_weights != "as_is":
         if has_bf16(optimizer):
-            finding.kernel = f"adamw ({bf16_weights}), clip_grad_norm"
+            finding.kernel = finding.kernel.replace("adamw", f"adamw, {bf16_weights}", 1)
             if bf16_weights == "stochastic_rounding":
                 finding.exactness = Exactness.REDRAWN
         elif optimizer not in _PATCHED:
