@@ -11,11 +11,13 @@ from .policies.memory import Choice as Memory
 from .policies.memory import budget_bytes
 
 Choice = bool | Literal["auto"]
+Bf16Weights = Literal["as_is", "exact_master", "stochastic_rounding"]
 # What a field may be, by its annotation.
 _VALID: dict[Any, tuple[Any, ...]] = {
     "bool": (True, False),
     "Choice": (True, False, "auto"),
     "Memory": get_args(Memory),
+    "Bf16Weights": get_args(Bf16Weights),
 }
 
 
@@ -54,6 +56,10 @@ class TurboConfig:
             the computation; "auto" where the copies hide behind it.
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
+        bf16_weights: what AdamW of torch or bitsandbytes trains bf16 weights with. "as_is": updates smaller than what a
+            weight is rounded to are lost, and the report says how many. "exact_master": each weight and 16 more bits
+            are together the fp32 weight of an fp32 run, and torch's averages are fp32, too. "stochastic_rounding":
+            weights, and averages in bf16, are rounded up or down by chance, right in the mean, at no cost in memory.
         host: less time on the host between steps: `train()`, `parameters()` and other walks over a model's modules take
             one loop each, Trainer's check for a NaN loss waits for the loss, not for the backward pass, and the next
             batches are fetched while the device computes.
@@ -77,6 +83,7 @@ class TurboConfig:
     checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"
+    bf16_weights: Bf16Weights = "as_is"
     host: Choice = "auto"
     memory: Memory = "auto"
     memory_budget: str | float | None = None

@@ -283,17 +283,33 @@ class _Activation:
         """Patches an optimizer that is about to be prepared, and records its row."""
         from hf_turbo.patches import optimizers
 
-        optimizer, on_cpu = optimizers.unwrapped(optimizer), self.config.optimizer is True
+        weights = self.config.bf16_weights
+        asked: dict[str, tuple[Any, str]] = {} if weights == "as_is" else {"bf16_weights": (weights, "as_is")}
+        asked |= {"optimizer": (True, "auto")} if self.config.optimizer is True else {}
+        optimizer, on_cpu = optimizers.unwrapped(optimizer), bool(asked)
+        for trainer, training in self.training.items():
+            if getattr(trainer, "accelerator", None) is accelerator:
+                training.optimizer_made(optimizer)
         conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
         name = type(optimizer).__name__
-        finding = optimizers.find(optimizer, self.report.notes.append, on_cpu)
+        finding = optimizers.find(optimizer, self.report.notes.append, on_cpu, weights, self._seed(accelerator))
         row = self._apply(optimizer, name, "optimizer", finding, conflict)
-        if on_cpu and row.patched == 0:
+        if asked and row.patched == 0:
+            option, (value, other) = next(iter(asked.items()))
             raise RuntimeError(
-                f"hf_turbo: optimizer=True was asked for but cannot be had of {name}: {row.reason}. "
-                "Use optimizer='auto' to go on without it"
+                f"hf_turbo: {option}={value!r} was asked for but cannot be had of {name}: {row.reason}. "
+                f"Use {option}={other!r} to go on without it"
             )
         self.report.models[id(optimizer)] = [row]
+
+    def _seed(self, accelerator: Any) -> int:
+        """Of what is drawn for weights, which all processes have to draw alike."""
+        import torch
+
+        for trainer in self.training:
+            if getattr(trainer, "accelerator", None) is accelerator:
+                return int(trainer.args.seed)
+        return torch.initial_seed() if accelerator.num_processes == 1 else 0
 
     def _meet_host(self) -> None:
         """Patches what the host does between steps, when the first model is met, and records the rows."""
@@ -510,6 +526,7 @@ def _around_train(trainer: Any) -> Iterator[None]:
     from .training import Training
 
     meter = table = training = None
+    noted = len(activation.report.notes)
     try:
         meter = _make_meter(trainer) if activation.config.metrics else None
         table = _make_table(trainer, activation.report) if activation.config.report else None
@@ -524,9 +541,9 @@ def _around_train(trainer: Any) -> Iterator[None]:
         from hf_turbo.patches import trl as trl_patches
 
         trl_patches.end_training(trainer)
-        if training is not None and (notes := training.end()):
-            activation.report.notes.extend(notes)
-            if activation.config.report:
+        if training is not None:
+            activation.report.notes.extend(training.end())
+            if activation.config.report and len(activation.report.notes) > noted:  # also such as came with the steps
                 _write(trainer, activation.report)
         lora.end_training()
         activation.training.pop(trainer, None)

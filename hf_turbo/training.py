@@ -11,6 +11,7 @@ from torch import nn
 
 if TYPE_CHECKING:
     from hf_turbo.patches.engine import Patch
+    from hf_turbo.patches.paged_optimizers import PagedOptimizer
 
     from .config import TurboConfig
     from .metrics import MetricsCallback
@@ -34,6 +35,8 @@ class Training:
         is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
         self.agreement = Agreement() if is_sharded else None
         self._report = report
+        self._config = config
+        self._paging: PagedOptimizer | None = None
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
         self._patches: list[Patch] = []
@@ -48,6 +51,7 @@ class Training:
         from hf_turbo.patches import accelerate, prefetch
         from hf_turbo.patches import trainer as trainer_patches
 
+        self._page_optimizer()
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
         if self._prefetch is not None and prefetch.patch().can_apply():
             self._patches.append(prefetch.patch())
@@ -55,6 +59,44 @@ class Training:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
         for patch in self._patches:
             patch.apply()
+
+    def _page_optimizer(self) -> None:
+        """Where the states of the script's AdamW would not fit: its paged form."""
+        from hf_turbo.patches import device_memory, host_memory, paged_optimizers
+
+        from .policies import footprint, optimizers
+
+        trainer, device = self._trainer, self._trainer.args.device
+        optim = paged_optimizers.optim_of(trainer)
+        if self._config.optimizer is False or self._config.memory == "as_is" or optim not in optimizers.PAGED_FORMS:
+            return
+        free = device_memory.free(device)
+        if free is None or trainer.optimizer is not None or trainer.model is None:
+            return
+        trained = [footprint.Trained(*each) for each in paged_optimizers.trained(trainer.model)]
+        states = optimizers.state_bytes(optim, trained, self._config.bf16_weights == "exact_master")
+        sizes = paged_optimizers.sizes_of_pass(trainer)
+        weights = paged_optimizers.bytes_elsewhere(trainer.model, device)
+        gradients = footprint.gradient_bytes(trained)
+        if optimizers.fits(states, gradients, optimizers.least_pass_bytes(*sizes), weights, free):
+            return
+        said = f"the states of {optim}, {states / 2**30:.1f} GiB, do not fit beside the rest"
+        reason = paged_optimizers.conflict(trainer)
+        paged = None
+        if reason is None:
+            paged, reason = optimizers.paged_form(optim, trained, host_memory.available())
+        if paged is not None:
+            self._paging, reason = paged_optimizers.make(trainer, optim, paged)
+        if self._paging is None:
+            self._report.notes.append(f"{said}, and are not paged: {reason}")
+            return
+        self._report.notes.append(f"{said}: {paged} stands in for it, with states as precise or more")
+        self._patches.append(self._paging)
+
+    def optimizer_made(self, optimizer: Any) -> None:
+        """The trainer is about to prepare its optimizer."""
+        if self._paging is not None:
+            self._paging.made(optimizer)
 
     @property
     def models(self) -> list[nn.Module]:

@@ -23,11 +23,19 @@ Shapes: params, gradients and states contiguous, of equal sizes tensor by tensor
 and gradients float32, bfloat16 or float16, one dtype each for all tensors; states likewise, or uint8. float64 takes the
 torch reference. Steps are counted in float32 tensors on the device, as `fused=True` keeps them, or by the caller.
 
+bfloat16 parameters drop an update below half a unit in their last place, and bfloat16 averages drop changes of less
+than 1/512 in the same way. Two ways out (see _bf16_weights.py), with states of any kind:
+
+    remainders: int16, beside each parameter: together the exact float32 master, which is what is updated
+    random:     parameters, and states that are bfloat16, are rounded by chance; the mean is exact
+
 How the nearest code is found: thresholds between neighbours are compared exactly, but only one of them. The upper bits
 of a float (sign, exponent, 7 bits of mantissa) name an interval that holds at most one threshold, and a table says
 which. It serves any map that is no denser than that.
 
-Floor, for N elements of e-byte parameters and gradients: 3*N*e bytes, and 4 times the bytes of a state.
+Floor, for N elements of e-byte parameters and gradients: 3*N*e bytes, 4*N of remainders, and 4 times the bytes of a
+state. Of bfloat16 parameters, that is 14*N with bfloat16 states (rounded by chance too), 22*N with float32 states and
+26*N with those and remainders; 10*N and 14*N with 8-bit states.
 
 Raises ValueError for tensors that do not fit together, and for a map that is unsorted or too dense; TypeError for
 dtypes.
@@ -46,6 +54,19 @@ import torch
 import triton
 import triton.language as tl
 
+from ._bf16_weights import (
+    bits_of,
+    join,
+    join_bits,
+    keys_of,
+    random_halves,
+    random_word,
+    round_by_chance,
+    second_word,
+    split,
+    store_keys,
+    upper_half,
+)
 from ._launch import cdiv, launch, use_triton
 from ._multi_tensor import addresses_of, are_aligned, chunk_table, pointer_at, triton_dtype, upload
 
@@ -85,6 +106,18 @@ class BlockStates(NamedTuple):
     map2: torch.Tensor
 
 
+class Random(NamedTuple):
+    """What rounding by chance draws its numbers from, beside the step and the element.
+
+    Attributes:
+        seed: 0 ... 2**31 - 1.
+        streams: for each tensor a number of its own.
+    """
+
+    seed: int
+    streams: list[int]
+
+
 # ---------------------------------------------------------------------------------------------------- torch reference
 
 
@@ -114,7 +147,7 @@ def _reference_param(
 
 
 def _reference_8bit(
-    param: torch.Tensor,
+    wide: torch.Tensor,
     grad: torch.Tensor,
     code1: torch.Tensor,
     code2: torch.Tensor,
@@ -125,23 +158,23 @@ def _reference_8bit(
     step: float,
     rates: Rates,
     decay_last: bool,
-) -> None:
-    """One tensor in place; `grad` float32."""
-    shape, count = param.shape, param.numel()
+) -> torch.Tensor:
+    """The new parameter, and the states of one tensor in place; `wide`, the parameter, and `grad` float32."""
+    param, count = wide, wide.numel()
     block = torch.arange(count, device=param.device) // BLOCK
     grad, code1, code2 = grad.flatten(), code1.view(-1), code2.view(-1)
     finite = grad.isfinite()
     m = map1[code1.int()] * absmax1[block] * rates.beta1 + (1 - rates.beta1) * grad
     v = map2[code2.int()] * absmax2[block] * rates.beta2 + (1 - rates.beta2) * (grad * grad)
     m, v = m.where(finite, 0.0), v.where(finite, 0.0)
-    wide = param.flatten().float()
-    updated = _reference_param(wide, m, v, step, rates, decay_last)
-    param.copy_(updated.where(finite, wide).view(shape))
+    wide = param.flatten()
+    updated = _reference_param(wide, m, v, step, rates, decay_last).where(finite, wide)
     for state, codes, absmax, values in ((m, code1, absmax1, map1), (v, code2, absmax2, map2)):
         blocks = torch.nn.functional.pad(state.abs(), (0, -count % BLOCK)).view(-1, BLOCK)
         absmax.copy_(blocks.amax(1))
         scale = absmax.reciprocal().where(absmax >= torch.finfo(torch.float32).tiny, 0.0)
         codes.copy_(torch.bucketize(state * scale[block], _thresholds(values)[:-1]))
+    return updated.view(param.shape)
 
 
 # ------------------------------------------------------------------------------------------------------- nearest code
@@ -194,10 +227,15 @@ def _factors_kernel(
     tensors,
     rate_groups,
     step_stride,
+    streams_ptr,
+    keys_ptr,
+    seed,
     DEVICE_STEPS: tl.constexpr,
     TENSORS: tl.constexpr,
+    RANDOM: tl.constexpr,
 ):
-    """Counts the step of each tensor that has a gradient, and fills its row of factors_ptr [tensors, 8] float32.
+    """Counts the step of each tensor that has a gradient, and fills its row of factors_ptr [tensors, 8] float32 and,
+    if RANDOM, of keys_ptr [tensors, 2] int32.
 
     uploads_ptr holds int64 addresses of gradients [tensors], then float64 rates [rate_groups, 5], then, unless
     DEVICE_STEPS, float64 steps: [tensors], or one for all with a step_stride of 0.
@@ -228,6 +266,8 @@ def _factors_kernel(
     tl.store(row + 5, (1.0 - beta1).to(tl.float32), mask=valid)
     tl.store(row + 6, beta2.to(tl.float32), mask=valid)
     tl.store(row + 7, (1.0 - beta2).to(tl.float32), mask=valid)
+    if RANDOM:
+        store_keys(keys_ptr, tensor, tl.load(streams_ptr + tensor, mask=valid, other=0), step, seed, valid)
 
 
 @triton.jit
@@ -254,27 +294,70 @@ def _new_param(param, m, v, factors, DECAY_LAST: tl.constexpr):
 
 
 @triton.jit
+def _load_param(pointers, start, element, mask, PARAM: tl.constexpr, ALIGNED: tl.constexpr, REMAINDER: tl.constexpr):
+    """float32; with REMAINDER the master."""
+    address = tl.load(pointers)
+    if REMAINDER:
+        high = tl.load(pointer_at(address, tl.int16, ALIGNED) + start + element, mask=mask, other=0)
+        remainder_ptr = pointer_at(tl.load(pointers + 6), tl.int16, ALIGNED) + start
+        param = join_bits(high, tl.load(remainder_ptr + element, mask=mask, other=0))
+    else:
+        param = tl.load(pointer_at(address, PARAM, ALIGNED) + start + element, mask=mask, other=0.0).to(tl.float32)
+    return param
+
+
+@triton.jit
+def _store_param(
+    param,
+    word,
+    pointers,
+    start,
+    element,
+    mask,
+    PARAM: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    RANDOM: tl.constexpr,
+):
+    """`word`: of random bits, if RANDOM."""
+    address = tl.load(pointers)
+    if REMAINDER:
+        bits = bits_of(param)
+        tl.store(pointer_at(address, tl.int16, ALIGNED) + start + element, upper_half(bits, 0x8000), mask=mask)
+        remainder_ptr = pointer_at(tl.load(pointers + 6), tl.int16, ALIGNED) + start
+        tl.store(remainder_ptr + element, bits.to(tl.int16), mask=mask)
+    elif RANDOM:
+        rounded = upper_half(bits_of(param), (word >> 16).to(tl.int32))
+        tl.store(pointer_at(address, tl.int16, ALIGNED) + start + element, rounded, mask=mask)
+    else:
+        tl.store(pointer_at(address, PARAM, ALIGNED) + start + element, param.to(PARAM), mask=mask)
+
+
+@triton.jit
 def _update_kernel(
     chunks_ptr,
     pointers_ptr,
     uploads_ptr,
     factors_ptr,
+    keys_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
     DECAY_LAST: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    RANDOM: tl.constexpr,
+    RANDOM_STATE: tl.constexpr,
 ):
-    """One chunk per program. pointers_ptr [tensors, 6] int64: parameter, m, v, numel."""
+    """One chunk per program. pointers_ptr [tensors, 7] int64: parameter, m, v, numel, -, -, remainder."""
     tensor = tl.load(chunks_ptr + tl.program_id(0) * 2)
     grad_address = tl.load(uploads_ptr + tensor)
     if grad_address == 0:
         return
     start = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1).to(tl.int64) * CHUNK
-    pointers = pointers_ptr + tensor * 6
+    pointers = pointers_ptr + tensor * 7
     factors = factors_ptr + tensor * 8
-    param_ptr = pointer_at(tl.load(pointers), PARAM, ALIGNED) + start
     m_ptr = pointer_at(tl.load(pointers + 1), STATE, ALIGNED) + start
     v_ptr = pointer_at(tl.load(pointers + 2), STATE, ALIGNED) + start
     grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
@@ -286,13 +369,23 @@ def _update_kernel(
     grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
     m = tl.load(m_ptr + element, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + element, mask=mask, other=0.0).to(tl.float32)
-    param = tl.load(param_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
     m = _average(m, grad, tl.load(factors + 4), tl.load(factors + 5))
     v = _average(v, grad * grad, tl.load(factors + 6), tl.load(factors + 7))
     param = _new_param(param, m, v, factors, DECAY_LAST)
-    tl.store(param_ptr + element, param.to(PARAM), mask=mask)
-    tl.store(m_ptr + element, m.to(STATE), mask=mask)
-    tl.store(v_ptr + element, v.to(STATE), mask=mask)
+    word = element
+    if RANDOM:
+        word = random_word(keys_ptr, tensor, start + element)
+    _store_param(param, word, pointers, start, element, mask, PARAM, ALIGNED, REMAINDER, RANDOM)
+    if RANDOM_STATE:
+        second = second_word(word)
+        m_ptr = pointer_at(tl.load(pointers + 1), tl.int16, ALIGNED) + start
+        v_ptr = pointer_at(tl.load(pointers + 2), tl.int16, ALIGNED) + start
+        tl.store(m_ptr + element, upper_half(bits_of(m), (second >> 16).to(tl.int32)), mask=mask)
+        tl.store(v_ptr + element, upper_half(bits_of(v), (second & 0xFFFF).to(tl.int32)), mask=mask)
+    else:
+        tl.store(m_ptr + element, m.to(STATE), mask=mask)
+        tl.store(v_ptr + element, v.to(STATE), mask=mask)
 
 
 @triton.jit
@@ -320,6 +413,7 @@ def _update_8bit_kernel(
     pointers_ptr,
     uploads_ptr,
     factors_ptr,
+    keys_ptr,
     map1_ptr,
     map2_ptr,
     starts1_ptr,
@@ -333,16 +427,19 @@ def _update_8bit_kernel(
     ALIGNED: tl.constexpr,
     SIGNED2: tl.constexpr,
     DECAY_LAST: tl.constexpr,
+    REMAINDER: tl.constexpr,
+    RANDOM: tl.constexpr,
 ):
-    """A chunk of whole blocks per program. pointers_ptr [tensors, 6] int64: parameter, codes, numel, absmaxes."""
+    """A chunk of whole blocks per program. pointers_ptr [tensors, 7] int64: parameter, codes, numel, absmaxes,
+    remainder.
+    """
     tensor = tl.load(chunks_ptr + tl.program_id(0) * 2)
     grad_address = tl.load(uploads_ptr + tensor)
     if grad_address == 0:
         return
     start = tl.load(chunks_ptr + tl.program_id(0) * 2 + 1).to(tl.int64) * CHUNK
-    pointers = pointers_ptr + tensor * 6
+    pointers = pointers_ptr + tensor * 7
     factors = factors_ptr + tensor * 8
-    param_ptr = pointer_at(tl.load(pointers), PARAM, ALIGNED) + start
     code1_ptr = pointer_at(tl.load(pointers + 1), tl.uint8, ALIGNED) + start
     code2_ptr = pointer_at(tl.load(pointers + 2), tl.uint8, ALIGNED) + start
     grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
@@ -358,7 +455,7 @@ def _update_8bit_kernel(
     grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
     code1 = tl.load(code1_ptr + element, mask=mask, other=0).to(tl.int32)
     code2 = tl.load(code2_ptr + element, mask=mask, other=0).to(tl.int32)
-    param = tl.load(param_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
     absmax1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0)
     absmax2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0)
 
@@ -368,7 +465,10 @@ def _update_8bit_kernel(
     m = tl.where(finite, m * tl.load(factors + 4) + tl.load(factors + 5) * grad, 0.0)
     v = tl.where(finite, v * tl.load(factors + 6) + tl.load(factors + 7) * (grad * grad), 0.0)
     param = tl.where(finite, _new_param(param, m, v, factors, DECAY_LAST), param)
-    tl.store(param_ptr + element, param.to(PARAM), mask=mask)
+    word = element
+    if RANDOM:
+        word = random_word(keys_ptr, tensor, start + element)
+    _store_param(param, word, pointers, start, element, mask, PARAM, ALIGNED, REMAINDER, RANDOM)
 
     absmax1 = tl.max(tl.abs(m), axis=1)
     absmax2 = tl.max(tl.abs(v), axis=1)
@@ -394,6 +494,8 @@ class MultiTensorAdamW:
         steps: for each tensor a 0-dim float32 tensor on the device, counted up by `update`; None: the caller counts.
         blocks: the rest of 8-bit states.
         decay_last: decay the updated parameter rather than the old one, as bitsandbytes does on a GPU.
+        remainders: int16, by tensor: with bfloat16 parameters the exact float32 master. Of zeros at first.
+        random: round bfloat16 parameters, and bfloat16 states, by chance.
     """
 
     def __init__(
@@ -406,9 +508,12 @@ class MultiTensorAdamW:
         steps: list[torch.Tensor] | None = None,
         blocks: BlockStates | None = None,
         decay_last: bool = False,
+        remainders: list[torch.Tensor] | None = None,
+        random: Random | None = None,
     ):
         self.params, self.exp_avgs, self.exp_avg_sqs, self.groups = params, exp_avgs, exp_avg_sqs, groups
         self.steps, self.blocks, self.decay_last = steps, blocks, decay_last
+        self.remainders, self.random = remainders, random
         self._check()
         self.device = params[0].device
         self._on_triton = use_triton(params[0])
@@ -416,14 +521,17 @@ class MultiTensorAdamW:
             return
         numels = [param.numel() for param in params]
         absmax = [addresses_of(blocks.absmax1), addresses_of(blocks.absmax2)] if blocks else [[0] * len(params)] * 2
-        columns = [*map(addresses_of, (params, exp_avgs, exp_avg_sqs)), numels, *absmax]
+        rest = addresses_of(remainders) if remainders is not None else [0] * len(params)
+        columns = [*map(addresses_of, (params, exp_avgs, exp_avg_sqs)), numels, *absmax, rest]
         # Wide loads need sizes and addresses that allow them; tensors that do not are slow, and make the others slow.
-        self._aligned = are_aligned([value for column in columns[:4] for value in column])
+        self._aligned = are_aligned([value for column in (*columns[:4], rest) for value in column])
         self._chunks = chunk_table(numels, _CHUNK, self.device)
         self._pointers = _on_device(list(zip(*columns, strict=True)), torch.int64, self.device)
         self._groups = _on_device(groups, torch.int32, self.device)
         self._steps = _on_device(addresses_of(steps), torch.int64, self.device) if steps is not None else None
         self._factors = torch.empty((len(params), 8), dtype=torch.float32, device=self.device)
+        self._streams = _on_device(random.streams, torch.int32, self.device) if random is not None else None
+        self._keys = torch.empty((len(params), 2), dtype=torch.int32, device=self.device) if random else None
         self._codes = [_code_tables(values) for values in (blocks.map1, blocks.map2)] if blocks else []
 
     def _check(self) -> None:
@@ -444,6 +552,15 @@ class MultiTensorAdamW:
             raise ValueError("8-bit states need blocks, others must not have them")
         if self.steps is not None and any(step.dtype != torch.float32 for step in self.steps):
             raise ValueError("steps on the device are float32")
+        if self.remainders is None and self.random is None:
+            return
+        if self.params[0].dtype != torch.bfloat16 or (self.remainders is not None and self.random is not None):
+            raise ValueError("bfloat16 parameters have remainders or are rounded by chance, others neither")
+        if self.random is not None and len(self.random.streams) != len(self.params):
+            raise ValueError("rounding by chance needs a stream for each parameter")
+        for param, rest in zip(self.params, self.remainders or (), strict=self.remainders is not None):
+            if rest.dtype != torch.int16 or rest.numel() != param.numel() or not rest.is_contiguous():
+                raise ValueError(f"a parameter {list(param.shape)} has a remainder {rest.dtype} {list(rest.shape)}")
 
     @property
     def is_8bit(self) -> bool:
@@ -492,8 +609,12 @@ class MultiTensorAdamW:
             len(addresses),
             len(rates),
             0 if one_step else 1,
+            self._streams,
+            self._keys,
+            self.random.seed if self.random is not None else 0,
             DEVICE_STEPS=self.steps is not None,
             TENSORS=128,
+            RANDOM=self.random is not None,
         )
         aligned = self._aligned and are_aligned(addresses)
         param, grad = triton_dtype(self.params[0].dtype), triton_dtype(given.dtype)
@@ -506,12 +627,16 @@ class MultiTensorAdamW:
                 self._pointers,
                 uploads,
                 self._factors,
+                self._keys,
                 PARAM=param,
                 GRAD=grad,
                 STATE=triton_dtype(self.exp_avgs[0].dtype),
                 CHUNK=_CHUNK,
                 ALIGNED=aligned,
                 DECAY_LAST=self.decay_last,
+                REMAINDER=self.remainders is not None,
+                RANDOM=self.random is not None,
+                RANDOM_STATE=self.random is not None and self.exp_avgs[0].dtype == torch.bfloat16,
                 num_warps=_WARPS,
             )
             return
@@ -524,6 +649,7 @@ class MultiTensorAdamW:
             self._pointers,
             uploads,
             self._factors,
+            self._keys,
             self.blocks.map1,
             self.blocks.map2,
             first.starts,
@@ -537,6 +663,8 @@ class MultiTensorAdamW:
             ALIGNED=aligned,
             SIGNED2=len(second.starts) == len(first.starts),
             DECAY_LAST=self.decay_last,
+            REMAINDER=self.remainders is not None,
+            RANDOM=self.random is not None,
             num_warps=_WARPS,
         )
 
@@ -553,17 +681,31 @@ class MultiTensorAdamW:
                 step = steps[i] if isinstance(steps, Sequence) else steps  # type: ignore[assignment]
             group = rates[self.groups[i]]
             wide = torch.promote_types(param.dtype, torch.float32)
+            master = param.to(wide) if self.remainders is None else join(param, self.remainders[i])
             if self.blocks is not None:
                 absmax1, absmax2, map1, map2 = self.blocks
-                _reference_8bit(
-                    param, grad.float(), m, v, absmax1[i], absmax2[i], map1, map2, step, group, self.decay_last
+                new = _reference_8bit(
+                    master, grad.float(), m, v, absmax1[i], absmax2[i], map1, map2, step, group, self.decay_last
                 )
+                self._write(i, step, new)
                 continue
             wide_m, wide_v = m.to(wide), v.to(wide)
-            param.copy_(_reference_update(param.to(wide), grad.to(wide), wide_m, wide_v, step, group, self.decay_last))
-            if wide_m is not m:
-                m.copy_(wide_m)
-                v.copy_(wide_v)
+            new = _reference_update(master, grad.to(wide), wide_m, wide_v, step, group, self.decay_last)
+            self._write(i, step, new, *((wide_m, wide_v) if wide_m is not m else ()))
+
+    def _write(self, i: int, step: float, param: torch.Tensor, *states: torch.Tensor) -> None:
+        """Rounds the new parameter and what is given of its states to their dtypes."""
+        values, targets = [param, *states], [self.params[i], self.exp_avgs[i], self.exp_avg_sqs[i]]
+        if self.remainders is not None:
+            values[0], remainder = split(param)
+            self.remainders[i].copy_(remainder)
+        halves: tuple[torch.Tensor, ...] = ()
+        if self.random is not None:
+            keys = keys_of(self.random.seed, self.random.streams[i], int(step))
+            halves = random_halves(keys, param.numel(), self.device)
+        for place, (target, value) in enumerate(zip(targets, values, strict=False)):
+            by_chance = halves and target.dtype == torch.bfloat16
+            target.copy_(round_by_chance(value, halves[place].view(value.shape)) if by_chance else value)
 
 
 def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

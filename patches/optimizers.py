@@ -3,6 +3,7 @@
 The optimizer object keeps its states, its `state_dict()` and its hooks; only `step` is overridden, by the same swap of
 classes as for modules. States are made by stock's own initialisers and have stock's format, so that a run can change
 over at any step. A step that is not understood (a closure, sparse gradients, a tensor as learning rate) is stock's.
+What bf16 weights have besides, if the user asks for it, is in bf16_weights.py.
 
 Kernels write through addresses. Those of parameters and states are taken once and compared at every step: nobody is
 kept from giving a tensor other memory, as offloading does. Torch makes gradients agree with their parameters in shape,
@@ -24,10 +25,12 @@ from typing import Any, NamedTuple
 
 import torch
 from hf_turbo.kernels._multi_tensor import addresses_of, are_aligned, have_addresses
-from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Rates
+from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
 from hf_turbo.kernels.clip_grad_norm import clip_grad_norm
 from torch.optim import Optimizer
 
+from . import paged_optimizers
+from .bf16_weights import REMAINDER, Bf16Weights, Choice, has_bf16
 from .engine import (
     ClassSwap,
     Exactness,
@@ -118,10 +121,11 @@ class _Plan:
     entries: list[dict[str, Any]]  # all of optimizer.state, in its order
     stateful: list[torch.Tensor]  # parameters that have states
     states: list[dict[str, Any]]  # theirs
-    memory: dict[str, list[int]]  # addresses by name of a state; "" for the stateful parameters
+    memory: list[tuple[str, list[Any], list[int]]]  # name of a state, whose, and addresses; "": parameters themselves
     step_counters: list[Any]  # tensors that count steps, one for each state
     paged: list[torch.Tensor]  # parameters whose states are in managed memory
     buckets: list[_Bucket]
+    remaindered: list[tuple[torch.Tensor, dict[str, Any]]]  # parameters that have remainders, and their states
 
     def is_current(self, optimizer: Optimizer, params: list[torch.Tensor]) -> bool:
         entries = optimizer.state.values()
@@ -133,8 +137,8 @@ class _Plan:
             if self.step_counters and not all(map(is_, map(itemgetter("step"), self.states), self.step_counters)):
                 return False
             return all(
-                have_addresses(list(map(itemgetter(name), self.states)) if name else self.stateful, addresses)
-                for name, addresses in self.memory.items()
+                have_addresses(list(map(itemgetter(name), holders)) if name else holders, addresses)
+                for name, holders, addresses in self.memory
             )
         except KeyError:
             return False
@@ -145,11 +149,12 @@ class _Stepper:
 
     Attributes:
         on_cpu: act on CPU tensors too, where stock is as fast.
+        weights: what its bf16 weights are trained with.
         note: told, once each, why steps were left to stock.
     """
 
-    def __init__(self, on_cpu: bool, note: Callable[[str], None]):
-        self.on_cpu, self._note = on_cpu, note
+    def __init__(self, on_cpu: bool, note: Callable[[str], None], weights: Bf16Weights):
+        self.on_cpu, self._note, self.weights = on_cpu, note, weights
         self._noted: set[str] = set()
         self._plan: _Plan | None = None
 
@@ -193,8 +198,10 @@ class _Stepper:
         plan = self._plan
         if plan is None or not plan.is_current(optimizer, params) or any(grads[i] is not None for i in plan.stateless):
             self._plan = None  # frees the old tables first
-            plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes)
+            plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes, self.weights)
         addresses = self._addresses(plan, grads, given, clipped)
+        tell_lost = self.weights.sample(optimizer, params)
+        self.weights.begin_step(plan.remaindered)
 
         for param in plan.paged:
             optimizer.prefetch_state(param)  # type: ignore[attr-defined]
@@ -210,6 +217,9 @@ class _Stepper:
         if len(given) < len(grads):
             written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
         torch.autograd.graph.increment_version(written)  # states belong to no graph
+        self.weights.end_step(plan.remaindered)
+        if tell_lost is not None:
+            tell_lost(int(max(float(state["step"]) for state in plan.states)))
         if getattr(optimizer, "is_paged", False) and params[0].is_cuda:
             # States in managed memory are CPU tensors: whoever reads them does not wait for the device.
             torch.cuda.synchronize(params[0].device)
@@ -272,7 +282,7 @@ def _rates(group: dict[str, Any], in_float32: bool) -> Rates:
 
 
 @torch.no_grad()
-def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool) -> _Plan:
+def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool, weights: Bf16Weights) -> _Plan:
     """Has stock make the states that are missing, and takes all addresses."""
     device = params[0].device
     for param in params:
@@ -287,6 +297,7 @@ def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool
     else:
         for group in optimizer.param_groups:
             optimizer._init_group(group, [], [], [], [], [], [])
+    weights.make_states(optimizer)
     index_of = {id(param): i for i, param in enumerate(params)}
     if len(index_of) < len(params) or not all(id(param) in index_of for param in optimizer.state):
         raise _NotUnderstood("a parameter more than once, or states of one that is in no group")
@@ -312,9 +323,13 @@ def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool
                 [group_of[i] for i in indices],
                 None if indices == list(range(len(params))) else indices,
                 decay_last=is_bitsandbytes and device.type == "cuda",
+                random=Random(weights.seed, indices) if weights.choice == "stochastic_rounding" else None,
             )
         )
-    memory = {"": addresses_of(stateful)} | {name: addresses_of([s[name] for s in states]) for name in names}
+    remaindered = [(param, state) for param, state in zip(stateful, states, strict=True) if REMAINDER in state]
+    holders = dict.fromkeys(names, states) | {REMAINDER: [state for _, state in remaindered]}
+    memory: list[tuple[str, list[Any], list[int]]] = [("", stateful, addresses_of(stateful))]
+    memory += [(name, some, addresses_of([s[name] for s in some])) for name, some in holders.items() if some]
     counters = [] if is_bitsandbytes else [state["step"] for state in states]
     return _Plan(
         params,
@@ -327,6 +342,7 @@ def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool
         counters,
         [param for param, state in zip(stateful, states, strict=True) if getattr(state[names[0]], "is_paged", False)],
         buckets,
+        remaindered,
     )
 
 
@@ -369,7 +385,8 @@ def _check_state(param: torch.Tensor, state: dict[str, Any], names: tuple[str, s
 
 def _bucket_key(param: torch.Tensor, state: dict[str, Any], names: tuple[str, str]) -> Any:
     first, second, step = state[names[0]], state[names[1]], state["step"]
-    aligned = are_aligned([param.data_ptr(), first.data_ptr(), second.data_ptr(), param.numel()])
+    rest = state[REMAINDER].data_ptr() if REMAINDER in state else 0
+    aligned = are_aligned([param.data_ptr(), first.data_ptr(), second.data_ptr(), param.numel(), rest])
     return param.dtype, first.dtype, second.dtype, aligned, torch.is_tensor(step) and step.is_cuda
 
 
@@ -380,7 +397,9 @@ def _make_bucket(
     groups: list[int],
     indices: list[int] | None,
     decay_last: bool,
+    random: Random | None,
 ) -> _Bucket:
+    is_bf16 = params[0].dtype == torch.bfloat16
     blocks = steps = None
     counts: list[Any] | None = None
     if states[0][names[0]].dtype == torch.uint8:
@@ -408,6 +427,8 @@ def _make_bucket(
             steps=steps,
             blocks=blocks,
             decay_last=decay_last,
+            remainders=[state[REMAINDER] for state in states] if REMAINDER in states[0] else None,
+            random=random if is_bf16 else None,
         )
     except (TypeError, ValueError) as error:
         raise _NotUnderstood(str(error)) from error
@@ -425,20 +446,48 @@ def _stock_step(cls: type) -> Callable[..., Any]:
 
 @functools.cache
 def _same_name_subclass(base: type) -> type:
-    """A subclass of an optimizer class that differs in `step`. Hooks run as in stock: once, around either step."""
-    stock = _stock_step(base)
+    """A subclass of an optimizer class that differs in `step`, and in loading what bf16 weights have besides; one that
+    stands in for another saves and loads as that does. Hooks run as in stock: once, around either step.
+    """
+    stock, stock_load = _stock_step(base), base.load_state_dict  # type: ignore[attr-defined]
+    stock_state_dict = base.state_dict  # type: ignore[attr-defined]
 
     def step(self: Any, closure: Any = None) -> Any:
-        stepper = _PATCHED.get(self) if closure is None and is_live() else None
-        if stepper is not None and stepper.step(self):
-            return None
+        stepper = _PATCHED.get(self)
+        if stepper is not None:
+            if closure is None and is_live() and stepper.step(self):
+                return None
+            stepper.weights.give_way(self)
         return stock(self, closure)
+
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        stand_in = paged_optimizers.stand_in_of(self)
+        if stand_in is None:
+            result = stock_load(self, state_dict, *args, **kwargs)
+        else:
+            state_dict = stand_in.to_load(self, state_dict)
+            result = stock_load(self, state_dict, move_to_device=False)
+            paged_optimizers.page_states(self)
+        stepper = _PATCHED.get(self)
+        if stepper is not None:
+            stepper.weights.restore(self, state_dict)
+        return result
+
+    def state_dict(self: Any) -> Any:
+        stand_in = paged_optimizers.stand_in_of(self)
+        return stock_state_dict(self) if stand_in is None else stand_in.saved(stock_state_dict(self))
+
+    look_like(load_state_dict, stock_load)
+    look_like(state_dict, stock_state_dict)
 
     look_like(step, stock)
     hooked = Optimizer.profile_hook_step(step)
     hooked.hooked = True  # type: ignore[attr-defined]
 
-    return same_name_subclass(base, step=hooked, _hf_turbo_stock_step=base.step)  # type: ignore[attr-defined]
+    stock_step = base.step  # type: ignore[attr-defined]
+    return same_name_subclass(
+        base, step=hooked, load_state_dict=load_state_dict, state_dict=state_dict, _hf_turbo_stock_step=stock_step
+    )
 
 
 class _StepPatch(ClassSwap):
@@ -464,6 +513,7 @@ class _StepPatch(ClassSwap):
         optimizer = self._module()
         if optimizer is not None:
             _PATCHED.pop(optimizer, None)
+            self._stepper.weights.give_back(optimizer)
             if self._wrapper is not None and vars(optimizer).get("step") is self._wrapper:
                 optimizer.step = self._scheduled
         return super().revert()
@@ -579,14 +629,32 @@ def conflict(optimizer: Any, accelerator: Any, on_cpu: bool) -> str | None:
     return None
 
 
-def find(optimizer: Any, note: Callable[[str], None], on_cpu: bool = False) -> Finding:
+def find(
+    optimizer: Any,
+    note: Callable[[str], None],
+    on_cpu: bool = False,
+    bf16_weights: Choice = "as_is",
+    seed: int = 0,
+) -> Finding:
     """Patches for an AdamW of torch or bitsandbytes, and for clipping the gradients of its parameters.
 
     Args:
-        note: told, once each, why steps of a patched optimizer were left to stock.
+        note: told, once each, why steps of a patched optimizer were left to stock, and of updates that are lost.
         on_cpu: patch on the CPU too.
+        bf16_weights: what they are trained with.
+        seed: of rounding by chance; the same in all processes that train the same weights.
     """
     finding = Finding("optimizer", "adamw, clip_grad_norm", Exactness.REASSOCIATED, found=1)
+    stand_in = paged_optimizers.stand_in_of(optimizer)
+    if stand_in is not None:
+        finding.kernel = f"adamw ({stand_in.paged} for {stand_in.optim}), clip_grad_norm"
+    if bf16_weights != "as_is":
+        if has_bf16(optimizer):
+            finding.kernel = finding.kernel.replace("adamw", f"adamw, {bf16_weights}", 1)
+            if bf16_weights == "stochastic_rounding":
+                finding.exactness = Exactness.REDRAWN
+        elif optimizer not in _PATCHED:
+            note(f"bf16_weights={bf16_weights!r}: {type(optimizer).__name__} trains no bf16 weights")
     if optimizer in _PATCHED:
         finding.patched = 1
         return finding
@@ -595,7 +663,7 @@ def find(optimizer: Any, note: Callable[[str], None], on_cpu: bool = False) -> F
         finding.refuse(reason)
         return finding
     finding.patched = 1
-    finding.patches = [_StepPatch(optimizer, _Stepper(on_cpu, note))]
+    finding.patches = [_StepPatch(optimizer, _Stepper(on_cpu, note, Bf16Weights(bf16_weights, seed, note)))]
     if _clip_patch().can_apply():
         finding.patches.append(_clip_patch())
     else:

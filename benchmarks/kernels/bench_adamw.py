@@ -1,6 +1,9 @@
 """One optimizer step of the 448 LoRA tensors of Llama-8B at rank 16: clipping, update, and both, stock and turbo.
 
-    python benchmarks/kernels/bench_adamw.py [--json FILE] [--tiny] [--only NAMES] [--tensors lora,full]
+    python benchmarks/kernels/bench_adamw.py [--json FILE] [--tiny] [--only NAMES] [--tensors lora,full] [--dtypes ...]
+
+With --tensors full: all 1.24e9 parameters of Llama-1B, in bf16 also with exact masters and rounded by chance, which are
+ours alone. Where the norm is below the limit, clipping reads and does not write: "clip, no scale".
 
 Host time counts: so many small tensors keep a slow host busy for longer than the device. `wall` is what a step takes
 with a synchronisation around 20 of them, `host` what the host alone takes, `device` what the device alone takes (left
@@ -51,12 +54,20 @@ def bitsandbytes_optimizer(name: str, **options: Any) -> Callable[..., Any] | No
     return lambda params: getattr(bitsandbytes.optim, name)(params, lr=1e-4, **options)
 
 
-def makers() -> dict[str, tuple[Callable[..., Any] | None, Callable[[torch.dtype], int]]]:
-    """Optimizers, each with the bytes of its states per element of a dtype."""
+# What bf16 weights are trained with, by the end of an optimizer's name.
+WEIGHTS = {"exact": "exact_master", "chance": "stochastic_rounding"}
+
+
+def makers() -> dict[str, tuple[Callable[..., Any] | None, Callable[[torch.dtype], float]]]:
+    """Optimizers, each with the bytes of its states per element of a dtype, a remainder among them."""
     return {
         "torch fused": (lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True), lambda dtype: 2 * dtype.itemsize),
         "torch foreach": (lambda p: torch.optim.AdamW(p, lr=1e-4), lambda dtype: 2 * dtype.itemsize),
+        "torch fused, exact": (lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True), lambda dtype: 8 + 2),
+        "torch fused, chance": (lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True), lambda dtype: 2 * dtype.itemsize),
         "bitsandbytes 8-bit": (bitsandbytes_optimizer("AdamW8bit"), lambda dtype: 2),
+        "bitsandbytes 8-bit, exact": (bitsandbytes_optimizer("AdamW8bit"), lambda dtype: 2 + 2),
+        "bitsandbytes 8-bit, chance": (bitsandbytes_optimizer("AdamW8bit"), lambda dtype: 2),
         "bitsandbytes 32-bit": (bitsandbytes_optimizer("AdamW"), lambda dtype: 8),
     }
 
@@ -74,7 +85,7 @@ class Result:
     percent_of_floor: float | None
 
     HEADER = (
-        f"{'tensors':<8} {'dtype':<9} {'optimizer':<20} {'what':<12} {'':<6} {'wall ms':>8} {'host ms':>8}"
+        f"{'tensors':<8} {'dtype':<9} {'optimizer':<26} {'what':<14} {'':<6} {'wall ms':>8} {'host ms':>8}"
         f" {'device ms':>9} {'% floor':>8}"
     )
 
@@ -83,15 +94,15 @@ class Result:
         floor = "" if self.percent_of_floor is None else f"{self.percent_of_floor:.0f}"
         system = "turbo" if self.turbo else "stock"
         return (
-            f"{self.tensors:<8} {self.dtype:<9} {self.optimizer:<20} {self.what:<12} {system:<6} {self.wall_ms:>8.3f}"
+            f"{self.tensors:<8} {self.dtype:<9} {self.optimizer:<26} {self.what:<14} {system:<6} {self.wall_ms:>8.3f}"
             f" {self.host_ms:>8.3f} {device:>9} {floor:>8}"
         )
 
 
 @contextmanager
-def patched(optimizer: Any, turbo: bool) -> Iterator[None]:
+def patched(optimizer: Any, turbo: bool, weights: Any) -> Iterator[None]:
     """With `turbo`, the optimizer is patched inside; on the CPU too."""
-    patches = optimizers.find(optimizer, print, on_cpu=True).patches if turbo else []
+    patches = optimizers.find(optimizer, lambda note: None, True, weights).patches if turbo else []
     engine.switch(True)
     try:
         for patch in patches:
@@ -117,9 +128,10 @@ def wall_ms(function: Callable[[], Any], calls: int) -> float:
 
 
 def measure(name: str, dtype: torch.dtype, optimizer_name: str, turbo: bool, calls: int = 20) -> Iterator[Result]:
-    """Three results: clipping, step, both."""
+    """Four results: clipping, with and without anything to scale, step, clipping and step."""
     make, state_bytes = makers()[optimizer_name]
-    if make is None:
+    weights = WEIGHTS.get(optimizer_name.rpartition(", ")[2], "as_is")
+    if make is None or (weights != "as_is" and (dtype != BF16 or not turbo)):
         return
     device = default_device()
     params = [torch.nn.Parameter(torch.randn(shape, device=device).to(dtype) * 0.02) for shape in TENSORS[name]]
@@ -131,20 +143,24 @@ def measure(name: str, dtype: torch.dtype, optimizer_name: str, turbo: bool, cal
         # Scales at every call: what was clipped to 1 is multiplied by 1 / (1 + 1e-6) next time.
         torch.nn.utils.clip_grad_norm_(params, 1.0)
 
+    def look() -> None:
+        torch.nn.utils.clip_grad_norm_(params, 1e9)
+
     def both() -> None:
         clip()
         optimizer.step()
 
-    with patched(optimizer, turbo):
+    with patched(optimizer, turbo, weights):
         both()
         waits = "bitsandbytes" in optimizer_name and not turbo
         sizes = {"clip": 3 * dtype.itemsize, "step": 3 * dtype.itemsize + 2 * state_bytes(dtype)}
         for what, function, bytes_each in (
             ("clip", clip, sizes["clip"]),
+            ("clip, no scale", look, dtype.itemsize),
             ("step", optimizer.step, sizes["step"]),
-            ("clip + step", both, sum(sizes.values())),
+            ("clip + step", both, sizes["clip"] + sizes["step"]),
         ):
-            on_device = None if waits and what != "clip" else time_ms(function, calls=5, repetitions=5)
+            on_device = None if waits and "step" in what else time_ms(function, calls=5, repetitions=5)
             floor_ms = elements * bytes_each / copy_bandwidth(device) * 1e3
             yield Result(
                 tensors=name,
@@ -179,6 +195,7 @@ def main() -> int:
     parser.add_argument(
         "--only", default="", help="optimizers whose names begin with one of these, with commas between"
     )
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="with commas between")
     parser.add_argument("--tensors", default="lora", help="lora, full (all of Llama-1B), with commas between")
     parser.add_argument("--tiny", action="store_true", help="a few small tensors: a dry run")
     arguments = parser.parse_args()
@@ -189,7 +206,7 @@ def main() -> int:
     print(Result.HEADER, flush=True)
     results = []
     for name in ["tiny"] if arguments.tiny else arguments.tensors.split(","):
-        for dtype in (BF16, FP32):
+        for dtype in (getattr(torch, dtype) for dtype in arguments.dtypes.split(",")):
             for optimizer in makers():
                 if not optimizer.startswith(tuple(arguments.only.split(","))):
                     continue

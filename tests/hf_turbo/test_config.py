@@ -7,7 +7,7 @@ import pytest
 from hf_turbo import TurboConfig
 
 NAMES = [field.name for field in fields(TurboConfig)]
-SWITCHES = [name for name in NAMES if name not in ("max_tokens_per_pass", "memory", "memory_budget")]
+SWITCHES = [name for name in NAMES if name not in ("max_tokens_per_pass", "memory", "memory_budget", "bf16_weights")]
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -38,6 +38,14 @@ def test_memory():
     for value in (True, False, None, "fast", 1, []):
         with pytest.raises(ValueError, match=r"memory=.*choose one of 'auto', 'as_is', 'max_speed'"):
             TurboConfig(memory=value)
+
+
+def test_bf16_weights():
+    assert TurboConfig().bf16_weights == "as_is"
+    assert TurboConfig(bf16_weights="exact_master").bf16_weights == "exact_master"
+    for value in (True, False, None, "auto", "exact"):
+        with pytest.raises(ValueError, match=r"bf16_weights=.*'as_is', 'exact_master', 'stochastic_rounding'"):
+            TurboConfig(bf16_weights=value)
 
 
 def test_memory_budget():

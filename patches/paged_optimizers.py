@@ -1,0 +1,209 @@
+"""The paged form of the AdamW that a Trainer's arguments name, in its place.
+
+The arguments stay the user's, and so do checkpoints: a stand-in for torch's AdamW saves what torch's would, and loads
+it, so that a run goes on with or without hf_turbo, paged or not. The Trainer is handed a class and its options by
+`optimizer_cls_and_kwargs`, as a script may do.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .engine import Patch, is_plain
+from .trainer import gathers_weights, step_conflict
+
+_WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes saves states, so that FSDP does not gather them
+_NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+_LEAST_PAGED = 100_000  # elements; smaller states of bitsandbytes stay on the device
+_USUAL_LENGTH = 1024  # to which TRL cuts rows
+_FEW = 16  # rows of a dataset whose lengths are looked at
+
+_STAND_INS: weakref.WeakKeyDictionary[Any, StandIn] = weakref.WeakKeyDictionary()
+
+
+class StandIn:
+    """What the states of a paged optimizer are saved as.
+
+    Args:
+        optim: what the arguments name.
+        paged: what is used.
+        group: options of a parameter group, as the optimizer of `optim` has them; None where both save alike.
+    """
+
+    def __init__(self, optim: str, paged: str, group: dict[str, Any] | None):
+        self.optim, self.paged, self._group = optim, paged, group
+
+    def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """As the optimizer of `optim` saves it, of what bitsandbytes does."""
+        if self._group is None:
+            return state_dict
+        groups = [
+            {**self._group, **{k: v for k, v in group.items() if k in self._group or k in ("params", "initial_lr")}}
+            for group in state_dict["param_groups"]
+        ]
+        return {"state": {key: _torch_state(one) for key, one in state_dict["state"].items()}, "param_groups": groups}
+
+    def to_load(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """As bitsandbytes saves it, of what either does."""
+        known = {*optimizer.defaults, "params", "initial_lr"}
+        groups = [
+            {**optimizer.defaults, **{key: value for key, value in group.items() if key in known}}
+            for group in state_dict["param_groups"]
+        ]
+        states = {key: _bitsandbytes_state(one) for key, one in state_dict["state"].items()}
+        return {"state": states, "param_groups": groups}
+
+
+def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
+    flat = {**state, **state.get(_WRAPPED, {})}
+    flat.pop(_WRAPPED, None)
+    flat["step"] = torch.tensor(float(flat["step"]), dtype=torch.float32)
+    return {_NAMES.get(name, name): value for name, value in flat.items()}
+
+
+def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
+    if "exp_avg" not in state:
+        return state
+    names = {value: key for key, value in _NAMES.items()}
+    renamed = {names.get(name, name): value for name, value in state.items()}
+    for name in _NAMES:
+        renamed[name] = renamed[name].float()
+    return {**renamed, "step": int(renamed["step"])}
+
+
+@torch.no_grad()
+def page_states(optimizer: Any) -> None:
+    """Of states that were loaded into host memory: large ones into memory that pages, others to the device."""
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if not torch.is_tensor(value) or getattr(value, "is_paged", False):
+                continue
+            if name in _NAMES and param.is_cuda and param.numel() >= _LEAST_PAGED:
+                state[name] = optimizer.get_state_buffer(param, dtype=value.dtype).copy_(value)
+            else:
+                state[name] = value.to(param.device)
+
+
+class PagedOptimizer(Patch):
+    """Hands a trainer the paged form; its arguments are not touched."""
+
+    id = "trainer:optimizer_cls_and_kwargs"
+
+    def __init__(self, trainer: Any, optim: str, paged: str):
+        self._trainer = weakref.ref(trainer)
+        stock_cls, stock_options = _choice(trainer, optim)
+        self._chosen = _choice(trainer, paged)
+        group = None
+        if stock_cls is torch.optim.AdamW:
+            group = stock_cls([torch.zeros(1)], **stock_options).param_groups[0]
+            group = {key: value for key, value in group.items() if key != "params"}
+        self._stand_in = StandIn(optim, paged, group)
+
+    def apply(self) -> None:
+        trainer = self._trainer()
+        if trainer is not None:
+            trainer.optimizer_cls_and_kwargs = self._chosen
+
+    def revert(self) -> bool:
+        trainer = self._trainer()
+        if trainer is None:
+            return True
+        if trainer.optimizer_cls_and_kwargs is not self._chosen:
+            return False
+        trainer.optimizer_cls_and_kwargs = None
+        return True
+
+    def made(self, optimizer: Any) -> None:
+        """The trainer has made an optimizer."""
+        if type(optimizer) is self._chosen[0] and optimizer.is_paged:
+            _STAND_INS[optimizer] = self._stand_in
+
+
+def stand_in_of(optimizer: Any) -> StandIn | None:
+    return _STAND_INS.get(optimizer)
+
+
+def optim_of(trainer: Any) -> str:
+    return str(getattr(trainer.args.optim, "value", trainer.args.optim))
+
+
+def _choice(trainer: Any, optim: str) -> tuple[Any, dict[str, Any]]:
+    """Class and options of an optimizer of that name, by the trainer's arguments."""
+    args = copy.copy(trainer.args)
+    object.__setattr__(args, "optim", type(args.optim)(optim))
+    cls, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    return cls, dict(options)
+
+
+def make(trainer: Any, optim: str, paged: str) -> tuple[PagedOptimizer | None, str]:
+    """The patch, or why it cannot be had."""
+    try:
+        return PagedOptimizer(trainer, optim, paged), ""
+    except Exception as error:  # bitsandbytes without a library for this device, or a version that differs
+        return None, f"{paged} cannot be made: {type(error).__name__}: {error}"
+
+
+def conflict(trainer: Any) -> str | None:
+    """Why a trainer's own choice of optimizer stands, or None."""
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        return "the script has made its optimizer"
+    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
+        method = getattr(type(trainer), name)
+        if method.__module__.partition(".")[0] not in {"transformers", "trl"}:
+            return f"{method.__qualname__} is the script's"
+    if trainer.args.optim_args:
+        return "optim_args is given"
+    kind = gathers_weights(trainer)
+    if kind is not None:
+        return f"{kind} has states of its own"
+    if trainer.accelerator.num_processes > 1:
+        return "each of several processes would decide by itself"
+    reason = step_conflict(trainer)
+    if reason is not None:
+        return reason
+    if not is_plain(*trainer.model.parameters()):
+        return "parameters are tensor subclasses"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "bitsandbytes is not installed: pip install bitsandbytes"
+    return None
+
+
+def trained(model: Any) -> list[tuple[int, int, bool]]:
+    """What the optimizer will have states of: elements, bytes of each, and whether it is an embedding."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [(param.numel(), param.itemsize, id(param) in tables) for param in model.parameters() if param.requires_grad]
+
+
+def bytes_elsewhere(model: Any, device: torch.device) -> int:
+    """Of the weights that are not on the device yet."""
+    return sum(param.nbytes for param in model.parameters() if param.device.type != device.type)
+
+
+def sizes_of_pass(trainer: Any) -> tuple[int, int, int, int, int]:
+    """Tokens, layers, hidden and intermediate width, and bytes of an element; zeros where the model does not say."""
+    config = trainer.model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    widths = [getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    layers, hidden, intermediate = (width if isinstance(width, int) else 0 for width in widths)
+    half = trainer.args.bf16 or trainer.args.fp16
+    itemsize = 2 if half else next((param.itemsize for param in trainer.model.parameters()), 4)
+    return _tokens(trainer), layers, hidden, intermediate, itemsize
+
+
+def _tokens(trainer: Any) -> int:
+    """Of a micro-batch, as far as that is known before there is one."""
+    length, dataset = getattr(trainer.args, "max_length", None), trainer.train_dataset
+    if not isinstance(length, int):
+        try:
+            rows = [dataset[i] for i in range(min(_FEW, len(dataset)))]
+            length = max(len(row["input_ids"]) for row in rows if isinstance(row, Mapping))
+        except Exception:  # a dataset may be anything, and this is an estimate
+            length = _USUAL_LENGTH
+    return int(trainer.args.per_device_train_batch_size * length)

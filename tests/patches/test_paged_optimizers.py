@@ -1,0 +1,181 @@
+"""States that would not fit: a paged optimizer in the place of the user's, whose arguments and checkpoints stay."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hf_turbo.patches import device_memory, host_memory, optimizers, paged_optimizers
+
+import hf_turbo
+from hf_turbo.policies import optimizers as policy
+from hf_turbo.policies.footprint import Trained
+from tests.models import tiny_model
+from tests.patches.test_bf16_weights import trainer as make_trainer
+
+pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")]
+
+pytest.importorskip("bitsandbytes")
+
+GIB = 2**30
+
+
+def test_what_does_not_fit():
+    billion = [Trained(10**9, 2, False)]
+    assert policy.state_bytes("adamw_torch", billion, False) == 4 * 10**9
+    assert policy.state_bytes("adamw_torch", billion, True) == 10 * 10**9
+    assert policy.state_bytes("adamw_torch", [Trained(10**9, 4, False)], True) == 8 * 10**9
+    assert policy.fits(4 * GIB, 2 * GIB, GIB, 0, 7 * GIB)
+    assert not policy.fits(4 * GIB, 2 * GIB, GIB, 0, 6 * GIB)
+    assert not policy.fits(4 * GIB, 2 * GIB, 4 * GIB, 0, 7 * GIB)
+    assert not policy.fits(4 * GIB, 2 * GIB, GIB, 2 * GIB, 7 * GIB)
+
+
+def test_never_a_less_precise_form():
+    billion = [Trained(10**9, 4, False)]
+    for optim, paged in policy.PAGED_FORMS.items():
+        assert ("8bit" in optim) == ("8bit" in paged)
+        assert policy.paged_form(optim, billion, 100 * GIB) == (paged, "")
+    paged, reason = policy.paged_form("adamw_torch_fused", billion, 5 * GIB)
+    assert paged is None
+    assert "optim='paged_adamw_8bit'" in reason
+    assert policy.paged_form("adamw_8bit", billion, 5 * GIB)[0] == "paged_adamw_8bit"
+
+
+@pytest.fixture
+def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without memory to speak of."""
+    monkeypatch.setattr(device_memory, "free", lambda device: 2**20)
+
+
+def run(path: Any, turbo: bool, resume: Any = None, **options: Any) -> Any:
+    hf = {"optimizer": True, **options.pop("turbo_options", {})}
+    callbacks = [hf_turbo.TurboCallback(**hf)] if turbo else None
+    one = make_trainer(path, tiny_model("llama"), callbacks=callbacks, **{"weight_decay": 0.1, **options})
+    one.train(resume_from_checkpoint=resume)
+    return one
+
+
+def curve(one: Any) -> list[float]:
+    return [log["loss"] for log in one.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit"])
+def test_stands_in_for_the_users_choice(tmp_path, scarce, optim):
+    """Losses are stock's, arguments and checkpoints the user's: each goes on from the other's."""
+    stock, turbo = run(tmp_path / "stock", False, optim=optim), run(tmp_path / "turbo", True, optim=optim)
+    optimizer = turbo.optimizer.optimizer
+    assert type(optimizer).__module__.startswith("bitsandbytes")
+    assert optimizer.is_paged
+    assert turbo.args.optim == optim
+    assert turbo.optimizer_cls_and_kwargs is None
+    assert curve(turbo) == pytest.approx(curve(stock), rel=2e-4)
+    report = json.loads((tmp_path / "turbo" / "hf_turbo_report.json").read_text())
+    row = next(row for row in report["rows"] if row["role"] == "optimizer")
+    paged = policy.PAGED_FORMS[optim]
+    assert row["kernel"] == f"adamw ({paged} for {optim}), clip_grad_norm"
+    assert any(f"{paged} stands in for it" in note for note in report["notes"])
+
+    folders = [tmp_path / name / "checkpoint-2" for name in ("stock", "turbo")]
+    arguments = [torch.load(folder / "training_args.bin", weights_only=False) for folder in folders]
+    assert arguments[0].optim == arguments[1].optim
+    states = [torch.load(folder / "optimizer.pt", weights_only=True) for folder in folders]
+    for mine, theirs in zip(states[1]["state"].values(), states[0]["state"].values(), strict=True):
+        assert mine.keys() == theirs.keys()
+    for mine, theirs in zip(states[1]["param_groups"], states[0]["param_groups"], strict=True):
+        assert mine == theirs
+
+    goes_on = run(tmp_path / "goes on", False, resume=str(folders[1]), optim=optim)
+    assert curve(goes_on) == pytest.approx(curve(stock), rel=2e-4)
+    resumed = run(tmp_path / "resumed", True, resume=str(folders[0]), optim=optim)
+    assert resumed.optimizer.optimizer.is_paged
+    assert curve(resumed) == pytest.approx(curve(stock), rel=2e-4)
+
+
+def test_exact_masters_beside_paged_states(tmp_path, scarce):
+    """A resumed run is the same run, to the last bit."""
+    options = {"optim": "adamw_torch", "turbo_options": {"bf16_weights": "exact_master"}}
+    models = []
+    for name, resume in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        callbacks = [hf_turbo.TurboCallback(**options["turbo_options"])]
+        one = make_trainer(tmp_path / name, optim="adamw_torch", callbacks=callbacks)
+        one.train(resume_from_checkpoint=resume)
+        assert one.optimizer.optimizer.is_paged
+        models.append(one.model)
+    for param, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(param, other)
+    state = torch.load(tmp_path / "whole" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"][0]
+    assert {"step", "exp_avg", "exp_avg_sq", "hf_turbo_remainder"} == state.keys()
+
+
+def test_a_second_training_saves_alike(tmp_path, scarce):
+    hf_turbo.enable(optimizer=True)
+    one = run(tmp_path, False, optim="adamw_torch")
+    assert one.optimizer.optimizer.is_paged
+    one.args.max_steps = 6
+    one.train()
+    state = torch.load(tmp_path / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"][0]
+    assert "exp_avg" in state
+
+
+@pytest.mark.parametrize(
+    ("options", "free", "said"),
+    [
+        ({}, 2**40, None),
+        ({"optim": "sgd", "turbo_options": {"optimizer": "auto"}}, 2**20, None),
+        ({"turbo_options": {"memory": "as_is"}}, 2**20, None),
+        ({"optim_args": "x=1"}, 2**20, "optim_args"),
+    ],
+)
+def test_the_users_choice_stands(tmp_path, monkeypatch, options, free, said):
+    monkeypatch.setattr(device_memory, "free", lambda device: free)
+    one = run(tmp_path, True, max_steps=1, save_strategy="no", **{"optim": "adamw_torch", **options})
+    assert type(one.optimizer.optimizer).__module__.startswith("torch")
+    notes = [note for note in hf_turbo.report().notes if "do not fit" in note]
+    assert bool(notes) == (said is not None)
+    assert said is None or said in notes[0]
+
+
+@pytest.mark.parametrize("why", ["no bitsandbytes", "host", "optimizers="])
+def test_what_cannot_be_paged_is_said(tmp_path, scarce, monkeypatch, why):
+    if why == "no bitsandbytes":
+        monkeypatch.setattr(paged_optimizers.importlib.util, "find_spec", lambda name: None)
+    if why == "host":
+        monkeypatch.setattr(host_memory, "available", lambda: -1)  # small states do not page
+    one = make_trainer(
+        tmp_path, tiny_model("llama"), max_steps=1, save_strategy="no", callbacks=[hf_turbo.TurboCallback()]
+    )
+    if why == "optimizers=":
+        one.optimizer_cls_and_kwargs = (torch.optim.AdamW, {"lr": 1e-3})
+    one.train()
+    assert type(one.optimizer.optimizer) is torch.optim.AdamW
+    (note,) = [note for note in hf_turbo.report().notes if "do not fit" in note]
+    assert {"no bitsandbytes": "not installed", "host": "host memory", "optimizers=": "has made"}[why] in note
+
+
+@pytest.mark.gpu
+def test_loaded_states_page(tmp_path):
+    """Of 100,000 elements or more, in managed memory again; the next step is that of a run that never stopped."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    value = torch.randn(300, 500, device="cuda")
+    params = [torch.nn.Parameter(value.clone()) for _ in range(2)]
+    torch_group = {k: v for k, v in torch.optim.AdamW([params[0]], lr=1e-3).param_groups[0].items() if k != "params"}
+    made = [bitsandbytes.optim.AdamW([p], lr=1e-3, is_paged=True) for p in params]
+    hf_turbo.enable()
+    for one in made:
+        paged_optimizers._STAND_INS[one] = paged_optimizers.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
+        for patch in optimizers.find(one, print).patches:
+            patch.apply()
+    for step in range(3):
+        grad = torch.randn(300, 500, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
+        for param, one in zip(params, made, strict=True):
+            param.grad = grad.clone()
+            one.step()
+        torch.save(made[0].state_dict(), tmp_path / "optimizer.pt")
+        made[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        assert made[1].state[params[1]]["state1"].is_paged
+        assert torch.equal(params[0], params[1])
