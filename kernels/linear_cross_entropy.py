@@ -33,6 +33,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, device_kind, launch, register_op, use_triton
+from ._weights import compute_weight
 
 # Bytes of logits held at a time, and the fewest rows of a chunk. On an H200 the GEMMs of a 2,048-row chunk of a 128k
 # vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB.
@@ -440,7 +441,7 @@ class _Head:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.hidden = hidden.to(dtype)
-        self.weight = weight.to(dtype)
+        self.weight = compute_weight(weight, dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.chunks = _chunks(hidden.shape[0], weight.shape[0], self.hidden.element_size(), hidden.device)
         rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)

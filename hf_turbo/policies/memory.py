@@ -16,6 +16,9 @@ Choice = Literal["auto", "as_is", "max_speed"]
 # layer being recomputed: see batching.py, which takes half), and for other processes.
 SHARE_OF_FREE_MEMORY: dict[str, float] = {"auto": 0.4, "max_speed": 0.8}
 
+# Of the memory that is free when a step begins: of copies of weights, which save less time per byte than layers kept.
+SHARE_FOR_COPIES = 0.2
+
 # Of what the rest of a pass was measured to take, so much stays free beside the layers kept.
 MARGIN = 1.2
 _LEAST = 2**20
@@ -55,6 +58,17 @@ def room(free: float, rest: float, choice: Choice = "auto") -> float:
         rest: bytes that the pass takes besides, at most.
     """
     return min(SHARE_OF_FREE_MEMORY.get(choice, 0.0) * free, free - MARGIN * rest)
+
+
+def copies_fit(size: int, free: float, rest: float) -> bool:
+    """Whether memory for copies of weights is plainly free.
+
+    Args:
+        size: bytes of all copies.
+        free: bytes of device memory when a step begins.
+        rest: bytes that the step takes besides, at most.
+    """
+    return size <= min(SHARE_FOR_COPIES * free, free - MARGIN * rest)
 
 
 def layers_to_keep(sizes: Sequence[float], room: float) -> int:
