@@ -19,6 +19,7 @@ from tests.models import switched_off, tiny_model
 from tests.training import arguments, one_thread, padded_rows
 
 OPTIONS = switched_off("autocast")
+CAST = (torch.float32, torch.bfloat16)
 MIB = 2**20
 
 
@@ -37,10 +38,9 @@ class Casts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
-            if args[0].dtype == torch.float32:
-                self.weights += args[0].ndim == 2 and args[0].shape[0] > 30
-                self.inputs += args[0].ndim == 3
+        if function is torch.ops.aten._to_copy.default and (args[0].dtype, kwargs.get("dtype")) == CAST:
+            self.weights += args[0].ndim == 2 and args[0].shape[0] > 30
+            self.inputs += args[0].ndim == 3
         self.together += function is torch.ops.aten._foreach_copy_.default
         return function(*args, **kwargs)
 
