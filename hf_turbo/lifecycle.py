@@ -83,7 +83,18 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import autocast, checkpointing, conflicts, head, lora, mlp, norms, padding, rope
+        from hf_turbo.patches import (
+            autocast,
+            checkpointing,
+            conflicts,
+            embeddings,
+            head,
+            lora,
+            mlp,
+            norms,
+            padding,
+            rope,
+        )
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -108,6 +119,8 @@ class _Activation:
         if self.config.lora is True or lora.concerns(model):
             roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
         is_reference = model is getattr(trainer, "ref_model", None)
+        if self.config.embeddings is True or (not is_reference and embeddings.tied(model) is not None):
+            roles["embeddings"] = (lambda: embeddings.find(model), conflict or embeddings.conflict(trainer))
         is_cast = trainer is not None and not is_reference and autocast.concerns(model, trainer)
         if self.config.autocast is True or is_cast:
             roles["autocast"] = (lambda: autocast.find(model), conflict or autocast.conflict(trainer))
