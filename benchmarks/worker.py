@@ -41,7 +41,7 @@ def tokenizer() -> Any:
 
 
 def build_model(workload: Workload, system: str, device: str) -> Any:
-    """A bf16 causal language model with random weights, drawn on the device; NF4 the way transformers loads it."""
+    """A causal language model with random weights, drawn on the device; NF4 the way transformers loads it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -50,7 +50,8 @@ def build_model(workload: Workload, system: str, device: str) -> Any:
     attention = "eager" if system == "control" else "sdpa"
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation=attention)
+        dtype = getattr(torch, workload.weights)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if workload.nf4 and system != "unsloth":
         model = type(model).from_pretrained(
             None,
@@ -80,7 +81,7 @@ def through_unsloth(model: Any, workload: Workload) -> Any:
         faster, _ = FastLanguageModel.from_pretrained(
             folder,
             max_seq_length=min(workload.cap, 65_536),
-            dtype=torch.bfloat16,
+            dtype=getattr(torch, workload.weights),
             load_in_4bit=workload.nf4,
             full_finetuning=not workload.lora_rank,
         )

@@ -112,7 +112,8 @@ class Workload:
         packed: tokens of a row into which TRL packs samples (`packing=True`); 0: no packing.
         masked: share of each sample, from its start, that carries no loss (the prompt).
         lora_rank: 0 trains every weight. lora_targets: PEFT's `target_modules`.
-        nf4: base weights quantised to NF4 with double quantisation (QLoRA); they are bf16 otherwise.
+        weights: dtype of the weights; float32 ones are trained under bf16 autocast, as `SFTConfig` has it by default.
+        nf4: base weights quantised to NF4 with double quantisation (QLoRA).
         checkpointing: gradient checkpointing of every layer.
         optim: as in `TrainingArguments`. learning_rate: constant.
         config: changes to the model's config.
@@ -128,6 +129,7 @@ class Workload:
     masked: float = 0.0
     lora_rank: int = 0
     lora_targets: str | tuple[str, ...] = "all-linear"
+    weights: str = "bfloat16"
     nf4: bool = False
     checkpointing: bool = False
     optim: str = "adamw_8bit"
@@ -207,6 +209,14 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 WORKLOADS: dict[str, Workload] = {
     "llama1b-full": Workload("llama-3.2-1b", batch_size=4, median=2048, optim="adamw_torch_fused"),
+    "llama1b-full-fp32": Workload(  # TRL's defaults
+        "llama-3.2-1b",
+        batch_size=4,
+        median=2048,
+        weights="float32",
+        checkpointing=True,
+        optim="adamw_torch_fused",
+    ),
     "llama8b-lora": Workload("llama-3.1-8b", batch_size=2, median=2048, **LORA),
     "llama8b-qlora": Workload("llama-3.1-8b", batch_size=2, median=2048, nf4=True, checkpointing=True, **LORA),
     "llama8b-qlora-nockpt": Workload("llama-3.1-8b", batch_size=2, median=2048, nf4=True, **LORA),

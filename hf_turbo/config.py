@@ -38,6 +38,9 @@ class TurboConfig:
             projections, and whole gated MLPs, are one function together.
         expanded_weights: keep 4-bit weights expanded for the whole training instead of expanding them at every use:
             faster, for two bytes a weight more memory; "auto": where that is a small part of what is free.
+        autocast: with float32 weights trained under bf16 or fp16 autocast, linear layers share the 16-bit copies of
+            their inputs, and weights are cast once per optimizer step where memory for the copies is plainly free.
+        embeddings: a trained weight that is embedding and head has one gradient from both, not two that are added.
         padding: the text backbone computes the tokens of a batch and not its padding, attention going by documents, and
             so in rows that the script has packed. "auto": where the loss is known to leave padding out.
         merging: with gradient accumulation, micro-batches share passes through the backbone, as many as memory allows.
@@ -77,6 +80,8 @@ class TurboConfig:
     loss: Choice = "auto"
     lora: Choice = "auto"
     expanded_weights: Choice = "auto"
+    autocast: Choice = "auto"
+    embeddings: Choice = "auto"
     padding: Choice = "auto"
     merging: Choice = "auto"
     graphs: Choice = "auto"

@@ -21,6 +21,7 @@ from .config import TurboConfig
 from .reports import Report, Row
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from hf_turbo.patches.agreement import Agreement
@@ -82,7 +83,18 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import checkpointing, conflicts, head, lora, mlp, norms, padding, rope
+        from hf_turbo.patches import (
+            autocast,
+            checkpointing,
+            conflicts,
+            embeddings,
+            head,
+            lora,
+            mlp,
+            norms,
+            padding,
+            rope,
+        )
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -107,6 +119,12 @@ class _Activation:
         if self.config.lora is True or lora.concerns(model):
             expands = self._keeps_expanded(model, trainer, by_loop)
             roles["lora"] = (lambda: lora.find(model, expands), conflict)
+        is_reference = model is getattr(trainer, "ref_model", None)
+        if self.config.embeddings is True or (not is_reference and embeddings.tied(model) is not None):
+            roles["embeddings"] = (lambda: embeddings.find(model), conflict or embeddings.conflict(trainer))
+        is_cast = trainer is not None and not is_reference and autocast.concerns(model, trainer)
+        if self.config.autocast is True or is_cast:
+            roles["autocast"] = (lambda: autocast.find(model), conflict or autocast.conflict(trainer))
         if self.config.padding is True or (self.config.padding and padding.backbones(model)):
             device = _training_device(model, trainer, by_loop)
             against = None
@@ -123,7 +141,6 @@ class _Activation:
                 )
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
-        is_reference = model is getattr(trainer, "ref_model", None)
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
             roles["checkpointing"] = (lambda: checkpointing.find(model, asked=asked), conflict or against)
@@ -223,6 +240,27 @@ class _Activation:
             return memory.layers_to_keep(sizes, room)
 
         return plan
+
+    def shadow_plan(self) -> Callable[[int, float | None, torch.device], bool]:
+        """Whether a step may keep 16-bit copies of weights of so many bytes."""
+        import torch
+
+        from hf_turbo.patches import device_memory, host_memory
+
+        from .policies import memory
+
+        budget = self.config.memory_budget
+
+        def fits(size: int, rest: float | None, device: torch.device) -> bool:
+            free, allocated = device_memory.free(device), device_memory.allocated(device)
+            if free is None or allocated is None:
+                return budget is None and memory.copies_fit(size, host_memory.available() / _processes_on_host(), 0.0)
+            if rest is None or not memory.copies_fit(size, free, rest):
+                return False
+            total = torch.cuda.get_device_properties(device).total_memory
+            return budget is None or size + allocated + rest <= memory.budget_bytes(budget, total)
+
+        return fits
 
     def _offload(
         self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
@@ -534,7 +572,7 @@ def _around_train(trainer: Any) -> Iterator[None]:
         with _STATE.lock:
             for model in training.models:
                 activation.meet(model, trainer)
-        training.begin()
+        training.begin(activation.shadow_plan())
         yield
     finally:
         from hf_turbo.patches import lora

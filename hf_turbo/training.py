@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_turbo.patches.engine import Patch
     from hf_turbo.patches.paged_optimizers import PagedOptimizer
+    from hf_turbo.patches.shadows import Shadows
 
     from .config import TurboConfig
     from .metrics import MetricsCallback
@@ -39,6 +42,7 @@ class Training:
         self._paging: PagedOptimizer | None = None
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
+        self._shadows: Shadows | None = None
         self._patches: list[Patch] = []
         # On a CPU it would be in the way of the computation.
         acts = config.host is True or (config.host == "auto" and trainer.args.device.type != "cpu")
@@ -46,12 +50,18 @@ class Training:
         if config.memory != "as_is" and retry.conflict(trainer) is None:
             self._retry = retry.Retry(trainer, self._make_room, self._tell)
 
-    def begin(self) -> None:
-        """After the patches of the process have been applied, which are there for longer."""
-        from hf_turbo.patches import accelerate, prefetch
+    def begin(self, copies_fit: Callable[[int, float | None, torch.device], bool]) -> None:
+        """After the patches of the process have been applied, which are there for longer.
+
+        Args:
+            copies_fit: whether memory for 16-bit copies of weights is plainly free.
+        """
+        from hf_turbo.patches import accelerate, autocast, lora, prefetch, shadows
         from hf_turbo.patches import trainer as trainer_patches
 
         self._page_optimizer()
+        if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
+            self._shadows = shadows.Shadows(copies_fit, lora.merged(self._trainer.model))
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
         if self._prefetch is not None and prefetch.patch().can_apply():
             self._patches.append(prefetch.patch())
@@ -110,7 +120,10 @@ class Training:
 
         if trainer is not self._trainer or not is_live():  # another one of the same class
             return call(*args, **kwargs)
-        with padding.training_step(self.models) if self._masks_reference else nullcontext():
+        with (
+            nullcontext() if self._shadows is None else self._shadows.training_step(trainer.accelerator.sync_gradients),
+            padding.training_step(self.models) if self._masks_reference else nullcontext(),
+        ):
             return call(*args, **kwargs) if self._retry is None else self._retry.run(call, args, kwargs)
 
     def _around_optimizer(self, optimizer: Any, compute: Callable[[], Any]) -> Any:
@@ -134,6 +147,8 @@ class Training:
 
     def begin_step(self) -> None:
         """The micro-batches of an optimizer step have been fetched."""
+        if self._shadows is not None:
+            self._shadows.end_step()
         if self._retry is not None:
             self._retry.begin_step()
 
@@ -144,6 +159,8 @@ class Training:
         model = self._trainer.model
         padding.begin_again(self.models)
         given_up = expanded_weights.give_up()
+        if self._shadows is not None:
+            given_up = self._shadows.tighten() or given_up
         if checkpointing.tighten(model) or given_up or tries == 0:
             return "each micro-batch in a pass of its own and less kept"
         if checkpointing.Added.can_apply(model):
@@ -177,4 +194,7 @@ class Training:
             self.agreement.close()
         data = None if self._prefetch is None else self._prefetch.end()
         notes = [data, padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
+        if self._shadows is not None:
+            notes.append(self._shadows.note())
+            self._shadows = None
         return [note for note in notes if note]

@@ -49,6 +49,7 @@ from ._launch import (
     use_triton,
     with_rows,
 )
+from ._weights import cast_weight
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -446,7 +447,7 @@ def _apply_linear(
         if dtype != torch.float64:
             dtype = low
         if weight.dtype != torch.float64:
-            weight = weight.to(low)
+            weight = cast_weight(weight, low)
         if bias is not None and bias.dtype != torch.float64:
             bias = bias.to(low)
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):

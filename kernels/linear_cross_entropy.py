@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, device_kind, launch, register_op, use_triton
+from ._weights import compute_weight
+from .tied_embedding import Tie, tie_of
 
 # Bytes of logits held at a time, and the fewest rows of a chunk. On an H200 the GEMMs of a 2,048-row chunk of a 128k
 # vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB.
@@ -440,7 +442,7 @@ class _Head:
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype):
         self.hidden = hidden.to(dtype)
-        self.weight = weight.to(dtype)
+        self.weight = compute_weight(weight, dtype)
         self.bias = None if bias is None else bias.to(dtype)
         self.chunks = _chunks(hidden.shape[0], weight.shape[0], self.hidden.element_size(), hidden.device)
         rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
@@ -517,8 +519,10 @@ class _LinearLogProb(torch.autograd.Function):
         transform: LogitTransform,
         outputs: tuple[str, ...],
         uniform: bool,
+        tie: Tie | None,
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
+        ctx.tie = tie
         device_type = device_kind(hidden.device)
         dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else hidden.dtype
         needs = ctx.needs_input_grad[:3]
@@ -559,7 +563,7 @@ class _LinearLogProb(torch.autograd.Function):
     def backward(
         ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
-        nothing = (None,) * 7
+        nothing = (None,) * 8
         if grad_log_prob is None and grad_entropy is None:
             return nothing
         hidden, weight, bias, targets, top, log_total, entropy, grad_hidden = ctx.saved_tensors
@@ -571,7 +575,7 @@ class _LinearLogProb(torch.autograd.Function):
             shared = upstream[:1].squeeze(0) if len(upstream) else upstream.new_zeros(())
             return (
                 (grad_hidden * upstream[:, None]).to(hidden.dtype) if needs[0] else None,
-                _scaled(sums[0], shared, weight) if needs[1] else None,
+                _left_with(ctx.tie, _scaled(sums[0], shared, weight)) if needs[1] else None,
                 _scaled(sums[1], shared, bias) if needs[2] else None,
                 *nothing[3:],
             )
@@ -600,7 +604,7 @@ class _LinearLogProb(torch.autograd.Function):
         one = top.new_ones(())
         return (
             gradients.hidden.to(hidden.dtype) if gradients.hidden is not None else None,
-            _scaled(gradients.weight, one, weight) if needs[1] else None,
+            _left_with(ctx.tie, _scaled(gradients.weight, one, weight)) if needs[1] else None,
             _scaled(gradients.bias, one, bias) if needs[2] else None,
             *nothing[3:],
         )
@@ -613,6 +617,11 @@ def _scaled(total: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor
     if total.dtype == like.dtype:
         return total.mul_(factor)
     return _scaled_cast(total, factor, like.dtype)
+
+
+def _left_with(tie: Tie | None, gradient: torch.Tensor) -> torch.Tensor | None:
+    """The weight's gradient for autograd; None where an embedding of the same weight sees to it."""
+    return None if tie is not None and tie.takes(gradient) else gradient
 
 
 def _check_operands(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -655,7 +664,8 @@ def linear_log_prob(
         (log_prob, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] fp32 (is_top1 bool), None where not asked.
     """
     _check_operands(hidden, weight, bias)
-    return _LinearLogProb.apply(hidden, weight, bias, targets, transform or LogitTransform(), outputs, uniform)
+    transform = transform or LogitTransform()
+    return _LinearLogProb.apply(hidden, weight, bias, targets, transform, outputs, uniform, tie_of(weight))
 
 
 @torch.compiler.disable  # the number of labelled rows is data: one graph break, before the head
@@ -701,7 +711,6 @@ def linear_cross_entropy(
             "Check the tokenizer against the model's vocabulary size"
         )
     transform = LogitTransform(logit_scale, softcap or 0.0, 1.0)
-    log_prob, *_ = _LinearLogProb.apply(
-        _SelectRows.apply(rows, index), weight, bias, labels.index_select(0, index), transform, (), True
-    )
+    selected, targets = _SelectRows.apply(rows, index), labels.index_select(0, index)
+    log_prob, *_ = _LinearLogProb.apply(selected, weight, bias, targets, transform, (), True, tie_of(weight))
     return -log_prob.sum() / (len(index) if num_items is None else num_items)

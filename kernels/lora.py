@@ -41,6 +41,7 @@ import triton
 import triton.language as tl
 
 from ._launch import cdiv, device_kind, launch, no_output, once_differentiable, register_op, use_triton
+from ._weights import compute_weight
 
 # The dense weight [N, K] from the packed one, its dtype, and whether it is for a gradient.
 Expand = Callable[[torch.Tensor, torch.dtype, bool], torch.Tensor]
@@ -601,7 +602,7 @@ def dense(weight: torch.Tensor, expand: Expand | None, dtype: torch.dtype, backw
     """The weight [N, K] in `dtype`. The allocator hands the block of one expanded weight to the next."""
     if expand is not None:
         return expand(weight, dtype, backward)
-    return weight if weight.dtype == dtype else weight.to(dtype)
+    return compute_weight(weight, dtype)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:

@@ -194,7 +194,7 @@ def _layer(module: Any, x_dtype: torch.dtype, device: torch.device) -> _Layer | 
     if autocast is not None and _is_float64(x_dtype, weight, adapter and adapter.a):
         return "float64 under autocast"
     expand = None
-    if type(base) is nn.Linear:
+    if stock_class(base) is nn.Linear:
         conflict = _dense_conflict(base)
         compute = out = autocast or x_dtype
         if conflict is None and autocast is None and weight.dtype != x_dtype:
@@ -451,13 +451,18 @@ def _mode(x: torch.Tensor) -> tuple[torch.dtype | None, bool]:
 _GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
 
 
+def _is_ours(module: nn.Module) -> bool:
+    """Whether this is a layer of this file: plain ones are swapped by another."""
+    return is_swapped(module) and stock_class(module) is not nn.Linear
+
+
 def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) -> torch.Tensor | None:
     """down(act(gate(x)) * up(x)) in one function, or None where the projections have to be called one by one.
 
     Args:
         projections: the modules gate, up and down, or gate_up and down.
     """
-    if not any(map(is_swapped, projections)) or not _may_act(projections[0], x):
+    if not any(map(_is_ours, projections)) or not _may_act(projections[0], x):
         return None
     # Their own forwards are not called.
     if any(map(has_hooks, projections)):
@@ -565,7 +570,8 @@ def _is_4bit(module: nn.Module) -> bool:
     return bitsandbytes is not None and stock_class(module) is bitsandbytes.nn.Linear4bit
 
 
-def _is_adapter(module: nn.Module) -> bool:
+def is_adapter(module: nn.Module) -> bool:
+    """Whether this is a LoRA layer of PEFT's, of whatever kind."""
     layer = sys.modules.get("peft.tuners.lora.layer")
     return layer is not None and isinstance(module, layer.LoraLayer)
 
@@ -586,7 +592,7 @@ def _conflict(module: Any) -> str | None:
     if isinstance(adapter, str):
         return adapter
     base = module.base_layer
-    if type(base).__name__ != kind or (kind == "Linear" and type(base) is not nn.Linear):
+    if type(base).__name__ != kind or (kind == "Linear" and stock_class(base) is not nn.Linear):
         return f"base layer is a {type(base).__name__}"
     reason = module_conflict(base)
     if reason is None and adapter.magnitude is not None:  # not beside a layer that computes itself
@@ -602,9 +608,20 @@ def end_training() -> None:
     expanded_weights.let_go()
 
 
+def merged(model: nn.Module) -> Callable[[], bool]:
+    """What says whether any of the LoRA layers that the model has now is merged into its weights."""
+    layers = [weakref.ref(module) for module in model.modules() if is_adapter(module)]
+
+    def is_merged() -> bool:
+        alive = [layer() for layer in layers]
+        return any(layer.__dict__.get("merged_adapters") for layer in alive if layer is not None)
+
+    return is_merged
+
+
 def concerns(model: nn.Module) -> bool:
     """Whether a model has LoRA or 4-bit layers at all."""
-    return any(_is_adapter(module) or _is_4bit(module) for module in model.modules())
+    return any(is_adapter(module) or _is_4bit(module) for module in model.modules())
 
 
 def expanded_bytes(model: nn.Module) -> int:
@@ -623,7 +640,7 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
     inside: set[nn.Module] = set()
     ours: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if _is_adapter(module):
+        if is_adapter(module):
             inside.update(module.modules())
             inside.discard(module)
         elif not _is_4bit(module) or module in inside:
@@ -642,7 +659,7 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
         finding.patches.append(
             _LayerSwap(f"lora:{name}", module, same_name_subclass(stock_class(module), _make_forward))
         )
-        if _is_adapter(module) and _drops(module):
+        if is_adapter(module) and _drops(module):
             finding.exactness = Exactness.REDRAWN
         base = getattr(module, "base_layer", module)
         if keep_expanded and _is_4bit(base):

@@ -59,7 +59,7 @@ def _activation(module: nn.Module | None) -> str | None:
 
 def _is_plain_linear(module: nn.Module, product: torch.Tensor) -> bool:
     """Whether calling `module` is F.linear of its parameters and nothing else, in a dtype the fused op takes."""
-    if type(module) is not nn.Linear or has_hooks(module) or not is_plain(module.weight, module.bias):
+    if stock_class(module) is not nn.Linear or has_hooks(module) or not is_plain(module.weight, module.bias):
         return False
     return module.weight.dtype == product.dtype or torch.is_autocast_enabled(device_kind(product.device))
 

@@ -162,6 +162,15 @@ def step_conflict(trainer: Any) -> str | None:
     return None
 
 
+def watches_substeps(trainer: Any) -> str | None:
+    """Which callback may act between the micro-batches of an optimizer step, or None."""
+    for callback in trainer.callback_handler.callbacks:
+        method = type(callback).on_substep_end
+        if method.__module__.partition(".")[0] not in _LIBRARIES:
+            return f"{method.__qualname__} may look at gradients or change weights"
+    return None
+
+
 def merging_conflict(trainer: Any) -> str | None:
     """Why each micro-batch of this trainer is a pass of its own, or None.
 
@@ -179,10 +188,9 @@ def merging_conflict(trainer: Any) -> str | None:
         return "activation_offloading is on: TRL offloads at every pass"
     if getattr(args, "torch_compile", False):
         return "torch_compile is on"
-    for callback in trainer.callback_handler.callbacks:
-        method = type(callback).on_substep_end
-        if method.__module__.partition(".")[0] not in _LIBRARIES:
-            return f"{method.__qualname__} may look at gradients or change weights"
+    against = watches_substeps(trainer)
+    if against is not None:
+        return against
     handler = getattr(trainer.accelerator, "ddp_handler", None)
     if getattr(handler, "static_graph", False):
         return "static_graph is on: every backward has to be the same"

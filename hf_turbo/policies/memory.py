@@ -19,6 +19,8 @@ SHARE_OF_FREE_MEMORY: dict[str, float] = {"auto": 0.4, "max_speed": 0.8}
 # Of the memory that is free when a training begins, 4-bit weights that stay expanded may take so much: an eighth, since
 # nothing has been measured yet, and most of the rest is for layers that need no recomputation.
 SHARE_FOR_EXPANDED_WEIGHTS: dict[str, float] = {"auto": 0.125, "max_speed": 0.25}
+# Of the memory that is free when a step begins: of copies of weights, which save less time per byte than layers kept.
+SHARE_FOR_COPIES = 0.2
 
 # Of what the rest of a pass was measured to take, so much stays free beside the layers kept.
 MARGIN = 1.2
@@ -68,6 +70,17 @@ def keeps_expanded(expanded: int, free: int | None, choice: Choice = "auto") -> 
         expanded: bytes of all of them. free: bytes of device memory when the training begins; None where unknown.
     """
     return free is not None and 0 < expanded <= SHARE_FOR_EXPANDED_WEIGHTS.get(choice, 0.0) * free
+
+
+def copies_fit(size: int, free: float, rest: float) -> bool:
+    """Whether memory for copies of weights is plainly free.
+
+    Args:
+        size: bytes of all copies.
+        free: bytes of device memory when a step begins.
+        rest: bytes that the step takes besides, at most.
+    """
+    return size <= min(SHARE_FOR_COPIES * free, free - MARGIN * rest)
 
 
 def layers_to_keep(sizes: Sequence[float], room: float) -> int:

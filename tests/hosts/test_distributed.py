@@ -73,7 +73,7 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     from transformers import Trainer, TrainingArguments, set_seed
 
     import hf_turbo
-    from tests.models import batch, tiny_model
+    from tests.models import batch, switched_off, tiny_model
     from tests.training import perturb
 
     # Rows of different numbers of labels: the ranks must agree on the denominator.
@@ -83,14 +83,16 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         row["labels"][: i % 11] = -100
         rows.append(row)
     runs, reports = {}, {}
-    for name in ("stock", "perturbed", "turbo", "after"):
+    autocast = {**switched_off("autocast"), "report": False}
+    options = {"turbo": {"report": False, "max_tokens_per_pass": 4096}, "autocast": autocast}
+    for name in ("stock", "perturbed", "turbo", "after", "stock autocast", "autocast"):
         set_seed(0)
         model = tiny_model("qwen3")
         if name == "perturbed":
             perturb(model)
         arguments = TrainingArguments(
             output_dir=f"{folder}/{name}",
-            max_steps=STEPS,
+            max_steps=3 if "autocast" in name else STEPS,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
             learning_rate=0.05,
@@ -101,13 +103,14 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
             disable_tqdm=True,
             use_cpu=True,
             ddp_backend="gloo",
+            bf16="autocast" in name,
         )
         trainer = Trainer(model, arguments, train_dataset=rows)
-        if name == "turbo":
-            hf_turbo.enable(report=False, max_tokens_per_pass=4096)
+        if name in options:
+            hf_turbo.enable(**options[name])
         trainer.train()
-        if name == "turbo":
-            reports = {row.role: (row.found, row.patched) for row in hf_turbo.report().rows}
+        if name in options:
+            reports[name] = {row.role: (row.found, row.patched) for row in hf_turbo.report().rows}
             hf_turbo.disable()
         logs = trainer.state.log_history
         runs[name] = {key: torch.tensor([log[key] for log in logs if key in log]) for key in ("loss", "grad_norm")}
@@ -120,7 +123,8 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
 def test_trainer_under_ddp(tmp_path):
     ranks = start(ddp_worker, tmp_path)
     for rank, result in enumerate(ranks):
-        assert result["report"] == {
+        assert result["report"]["autocast"]["autocast"] == (14, 14)
+        assert result["report"]["turbo"] == {
             "norms": (9, 9),
             "mlp": (2, 2),
             "rope": (2, 2),
@@ -133,6 +137,8 @@ def test_trainer_under_ddp(tmp_path):
         assert_no_drift(result["runs"], f"rank {rank}")
         for name, value in result["runs"]["stock"].items():
             assert torch.equal(result["runs"]["after"][name], value), f"{name}: not stock after disable()"
+        for name, value in result["runs"]["stock autocast"].items():
+            assert torch.equal(result["runs"]["autocast"][name], value), f"{name} under autocast"
     for name, value in ranks[0]["runs"]["turbo"].items():
         assert torch.equal(ranks[1]["runs"]["turbo"][name], value), f"{name}: ranks differ"
 
