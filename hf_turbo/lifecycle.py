@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from hf_turbo.patches import kept_layers
     from hf_turbo.patches.agreement import Agreement
     from hf_turbo.patches.engine import Finding, Patch
     from hf_turbo.patches.imports import ImportHooks
@@ -215,18 +216,20 @@ class _Activation:
         kind = trainer_patches.gathers_weights(trainer)
         return kind and f"{kind} gathers weights at every pass"
 
-    def _memory_plan(self) -> Callable[[list[float], float | None, Any], int]:
-        """How many of the last layers of a pass are kept."""
+    def _memory_plan(self) -> kept_layers.Plan:
+        """What the layers of a pass keep."""
         import torch
 
-        from hf_turbo.patches import device_memory, host_memory
+        from hf_turbo.patches import device_memory, host_memory, kept_layers
 
         from .policies import memory
 
         choice, budget = self.config.memory, self.config.memory_budget
         share = memory.SHARE_OF_FREE_MEMORY.get(choice, 0.0)
 
-        def plan(sizes: list[float], rest: float | None, device: torch.device) -> int:
+        def plan(
+            costs: list[kept_layers.Costs], rest: float | None, device: torch.device, before: kept_layers.Kept
+        ) -> kept_layers.Kept:
             free, allocated = device_memory.free(device), device_memory.allocated(device)
             if free is None or allocated is None:  # a CPU, which other processes train on, too
                 room = 0.0 if budget is not None else share * host_memory.available() / _processes_on_host()
@@ -237,7 +240,7 @@ class _Activation:
                 if budget is not None:
                     total = torch.cuda.get_device_properties(device).total_memory
                     room = min(room, memory.budget_bytes(budget, total) - allocated - rest)
-            return memory.layers_to_keep(sizes, room)
+            return kept_layers.Kept(*memory.what_to_keep([memory.layer(*each) for each in costs], room, before))
 
         return plan
 

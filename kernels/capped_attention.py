@@ -30,7 +30,7 @@ Precision: products take the dtype of the inputs, everything between them is flo
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -58,6 +58,7 @@ def capped_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    through: Callable[..., Any] | None = None,
 ) -> torch.Tensor:
     """Causal attention within documents, with capped scores, sinks or both.
 
@@ -70,6 +71,7 @@ def capped_attention(
         window: number of tokens that one sees, itself included; None for all.
         softcap: bound of the scores; None for none.
         sinks: [H], a logit per query head; None for none.
+        through: calls the function that computes it, for who keeps its output for a second forward.
 
     Returns:
         [T, H, E], contiguous, in the dtype of `query`; under autocast in autocast's, as products are there.
@@ -89,7 +91,9 @@ def capped_attention(
     options = _Options(scale, window, softcap)
     batches = _batches(tuple(lengths), query.device)
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        output: torch.Tensor = _CappedAttention.apply(query, key, value, sinks, batches, options)
+        arguments = query, key, value, sinks, batches, options
+        output: torch.Tensor
+        output = _CappedAttention.apply(*arguments) if through is None else through(_CappedAttention.apply, *arguments)
     return output
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def varlen_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    through: Callable[..., Any] | None = None,
 ) -> torch.Tensor:
     """Attention within documents.
 
@@ -62,6 +63,8 @@ def varlen_attention(
         dropout: probability of dropping an attention weight, from torch's generator.
         softcap: scores s become softcap * tanh(s / softcap); None to leave them.
         sinks: [H], a logit for each query head that joins the softmax, and takes weight from the tokens; None for none.
+        through: calls operators, as `through(operator, *args, **kwargs)`, for who keeps their outputs for a second
+            forward. Of what they return the output alone is looked at, which is their result or the first of several.
 
     Returns:
         [T, H, D], contiguous, in the dtype of `query`.
@@ -79,20 +82,26 @@ def varlen_attention(
     if is_capped and (not causal or dropout):
         raise ValueError("softcap and sinks need causal attention and no dropout")
     by_flash = not is_capped and _flash_can(query, value)
+    through = _plainly if through is None else through
     if lengths is None:
         if not by_flash or starts is None or longest is None:
             raise ValueError("lengths=None needs starts, longest, and what FlashAttention takes")
-        return _flash(query, key, value, starts, longest, scale, causal, window, dropout)
+        return _flash(query, key, value, starts, longest, scale, causal, window, dropout, through)
     if sum(lengths) != tokens or any(length < 0 for length in lengths):
         raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
     if is_capped:
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return capped_attention(query, key, value, lengths, scale=scale, window=window, softcap=softcap, sinks=sinks)
+        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        return capped_attention(query, key, value, lengths, **options, through=through)
     if by_flash and not (window is None and len(set(lengths)) == 1):
         if starts is None:
             starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)
-        return _flash(query, key, value, starts, max(lengths), scale, causal, window, dropout)
-    return _by_runs(query, key, value, lengths, scale, causal, window, dropout)
+        return _flash(query, key, value, starts, max(lengths), scale, causal, window, dropout, through)
+    return _by_runs(query, key, value, lengths, scale, causal, window, dropout, through)
+
+
+def _plainly(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return operator(*args, **kwargs)
 
 
 def needs_lengths(query: torch.Tensor, value: torch.Tensor) -> bool:
@@ -147,14 +156,15 @@ def _flash(
     causal: bool,
     window: int | None,
     dropout: float,
+    through: Callable[..., Any],
 ) -> torch.Tensor:
     query, key, value = (each.transpose(0, 1) for each in (query, key, value))
     if query.stride(-1) != 1 or key.stride(-1) != 1 or value.stride(-1) != 1:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     windows = {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    output: torch.Tensor = _FLASH(
-        query, key, value, starts, starts, longest, longest, dropout, causal, False, scale=scale, **windows
+    output: torch.Tensor = through(
+        _FLASH, query, key, value, starts, starts, longest, longest, dropout, causal, False, scale=scale, **windows
     )[0]
     return output.contiguous()
 
@@ -168,6 +178,7 @@ def _by_runs(
     causal: bool,
     window: int | None,
     dropout: float,
+    through: Callable[..., Any],
 ) -> torch.Tensor:
     heads = query.shape[0]
     outputs, start = [], 0
@@ -181,7 +192,8 @@ def _by_runs(
             mask = None
             if window is not None and window < length:
                 mask = _band(length, window, query.device)
-            output = scaled_dot_product_attention(
+            output = through(
+                scaled_dot_product_attention,
                 q,
                 k,
                 v,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import kept_attention
 from .engine import ProcessPatch, forward_of
 from .fingerprint import fingerprint, syntax_tree
 from .varlen import Documents, NotUnderstood, attend
@@ -83,7 +84,11 @@ def _seam(id: str, functions: dict[str, Any], name: str, by_documents: Callable[
     ) -> Any:
         documents = kwargs.get("documents")
         if not isinstance(documents, Documents):
-            return stock(module, query, key, value, attention_mask, *args, **kwargs)
+            keeper = kept_attention.current()
+            if keeper is None:
+                return stock(module, query, key, value, attention_mask, *args, **kwargs)
+            with keeper.watching():
+                return stock(module, query, key, value, attention_mask, *args, **kwargs)
         del kwargs["documents"]
         return by_documents(documents, module, query, key, value, *args, **kwargs)
 

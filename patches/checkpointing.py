@@ -5,7 +5,8 @@ that out wrapped, and so outlives TRL's switching checkpointing off and on aroun
 attribute itself stays as the host wrote it. Three features, each with layers of its own:
 
 * Where the function is torch's checkpoint without reentrant autograd, recomputation.py does the same.
-* Of those, layers keep what they save after all where memory is free: kept_layers.py.
+* Of those, layers keep what they save after all where memory is free, or of it what attention gives out:
+  kept_layers.py, kept_attention.py.
 * Each checkpointed layer keeps its input for recomputation: tokens x hidden size per layer. They are copied to pinned
   host memory while the following layers compute, and return one layer ahead of backward, with the same bits. Checkpoint
   saves the layer's inputs, and nothing of its inside, through the hooks that surround its call, in all of its forms.
@@ -24,9 +25,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kept_layers, recomputation
+from . import attention_seams, kept_attention, kept_layers, recomputation
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
+from .varlen import Documents, NotUnderstood
 
 MODULE = "transformers.modeling_layers"
 _ATTRIBUTE = "_gradient_checkpointing_func"
@@ -79,21 +81,33 @@ def _checkpoint(
     if not (is_live() and isinstance(hidden_states, torch.Tensor)) or kwargs:
         return stock(function, *args, **kwargs)
     recomputed = recomputed and recomputation.is_plain(stock, args, hidden_states.device)
-    watch = None
-    if place is not None and recomputed and _may_keep(stock):
+    watch = calls = None
+    if place is not None and recomputed and hidden_states.ndim == 3 and _may_keep(stock):
         stack, index = place
-        if stack.keeps(index, hidden_states):
+        longest = _longest_document(function, hidden_states)
+        if stack.keeps(index, hidden_states, longest):
             return function(*args)
         watch = stack.watch(index, hidden_states)
+        calls = stack.calls(index, watch is not None)
     hooks = None
     if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
         hooks = _to_store(store, hidden_states)
     if recomputed:
-        return recomputation.recompute_in_backward(stock, function, args, hidden_states.device, hooks, watch)
+        device = hidden_states.device
+        output = recomputation.recompute_in_backward(stock, function, args, device, hooks, watch, calls)
+        if place is not None and calls is not None:
+            stack.called(index, calls, hidden_states.shape[:-1].numel(), longest)
+        return output
     if hooks is None:
         return stock(function, *args)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
         return stock(function, *args)
+
+
+def _longest_document(function: Any, hidden_states: torch.Tensor) -> int:
+    """Tokens of the longest document that a layer attends to; `function` has its arguments but for the tensors."""
+    documents = getattr(function, "keywords", {}).get("documents")
+    return documents.longest if isinstance(documents, Documents) else hidden_states.shape[-2]
 
 
 def _may_keep(function: Any) -> bool:
@@ -189,9 +203,9 @@ class _Keeps(Patch):
 
     id = "memory:stack"
 
-    def __init__(self, layers: list[nn.Module], plan: kept_layers.Plan):
+    def __init__(self, layers: list[nn.Module], plan: kept_layers.Plan, flops_per_token: list[float]):
         self._places = weakref.WeakKeyDictionary({layer: place for place, layer in enumerate(layers)})
-        self._stack = kept_layers.Stack(layers, plan)
+        self._stack = kept_layers.Stack(layers, plan, flops_per_token)
 
     def apply(self) -> None:
         for layer, place in self._places.items():
@@ -307,7 +321,7 @@ def find_memory(model: nn.Module, plan: kept_layers.Plan) -> Finding:
     """
     finding = Finding("memory", "kept where memory is free", Exactness.EXACT)
     stacks: dict[str, list[nn.Module]] = {}
-    names = layers_of(model)
+    names, visits = layers_of(model), _experts_per_token(model)
     for name, layer in names.items():
         finding.found += 1
         if layer not in _RECOMPUTED:
@@ -319,13 +333,24 @@ def find_memory(model: nn.Module, plan: kept_layers.Plan) -> Finding:
         finding.patched += 1
         if layer not in kept_layers.PLACES:
             stacks.setdefault(name.rpartition(".")[0], []).append(layer)
-    for layers in stacks.values():
+    for name, layers in stacks.items():
         if len({parameter.device for layer in layers for parameter in layer.parameters()}) > 1:
             finding.patched -= len(layers)
             finding.refuse("layers on several devices", len(layers))
         else:
-            finding.patches.append(_Keeps(layers, plan))
+            flops = [sizes_of(layer, visits)[1] for layer in layers]
+            finding.patches += [*_seams(model.get_submodule(name.rpartition(".")[0])), _Keeps(layers, plan, flops)]
     return finding
+
+
+def _seams(backbone: nn.Module) -> list[Patch]:
+    """Patches by which attention comes to know that its outputs are kept; none where it is not understood."""
+    if not hasattr(backbone, "config") or not hasattr(backbone, "layers"):
+        return []
+    try:
+        return list(attention_seams.seams(backbone))
+    except NotUnderstood:
+        return []
 
 
 def _stacks_of(model: nn.Module) -> set[kept_layers.Stack]:
@@ -426,10 +451,13 @@ def end_training(model: nn.Module | None) -> str | None:
         store.trim()
     stacks = _stacks_of(model)
     layers = sum(stack.passes * stack.layers for stack in stacks)
-    kept = sum(stack.kept for stack in stacks)
+    kept, attended = sum(stack.kept for stack in stacks), sum(stack.attended for stack in stacks)
     for stack in stacks:
         stack.forget()
-    return f"memory: {kept / layers:.0%} of the checkpointed layers' passes needed no recomputation" if kept else None
+    if not (kept or attended):
+        return None
+    note = f"memory: {kept / layers:.0%} of the checkpointed layers' passes needed no recomputation"
+    return f"{note}, {attended / layers:.0%} none of attention" if attended else note
 
 
 def sizes_of(layer: nn.Module, experts_per_token: int | None = None) -> tuple[int, float]:

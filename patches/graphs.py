@@ -363,7 +363,7 @@ class Graphs:
         device = arguments["input_ids"].device
         stack = kept_layers.stack_of(self._backbone())  # type: ignore[arg-type]
         if stack is not None:
-            stack.begin(size.tokens, size.tokens, device)
+            stack.begin(size.tokens, size.tokens, device, size.longest)
         free, more = device_memory.free(device), 0.0 if stack is None else stack.kept_bytes
         if free is not None and free < MEMORY_OVER_KEPT * kept * size.tokens + more + 2**30:
             return None

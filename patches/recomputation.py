@@ -20,6 +20,8 @@ import torch.utils.checkpoint
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from . import kept_attention
+
 Hooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 Watch = Callable[[list[torch.Tensor]], None]
 
@@ -85,6 +87,7 @@ def recompute_in_backward(
     device: torch.device,
     hooks: Hooks | None = None,
     watch: Watch | None = None,
+    calls: kept_attention.Calls | None = None,
 ) -> Any:
     """`stock(function, *args)`, where `is_plain(stock, args, device)`.
 
@@ -92,9 +95,11 @@ def recompute_in_backward(
         device: the one whose random numbers `function` may draw, beside the CPU's.
         hooks: to pack and unpack the tensors among `args` with; default: those that are in force.
         watch: told the tensors that a recomputation has made for backward.
+        calls: of attention, which a recomputation leaves out as far as they are kept there.
     """
-    region = _Region(function, args, device, stock.keywords.get("preserve_rng_state", True), hooks, watch)
-    with saved_tensors_hooks(region.pack, region.unpack):
+    region = _Region(function, args, device, stock.keywords.get("preserve_rng_state", True), hooks, watch, calls)
+    pack, unpack = region.pack, region.unpack
+    with saved_tensors_hooks(pack, unpack), kept_attention.recording(calls, pack, unpack, region.position):
         return function(*args)
 
 
@@ -131,6 +136,7 @@ class _Region:
     __slots__ = (
         "_args",
         "_autocast",
+        "_calls",
         "_device",
         "_function",
         "_kept",
@@ -149,8 +155,9 @@ class _Region:
         preserve_random_state: bool,
         hooks: Hooks | None,
         watch: Watch | None,
+        calls: kept_attention.Calls | None,
     ):
-        self._function, self._device, self._watch = function, device, watch
+        self._function, self._device, self._watch, self._calls = function, device, watch, calls
         # Weakly: a tensor whose node is done, or that no gradient needs, is not kept when recomputed.
         self._slots: list[weakref.ref[_Slot]] = []
         self._like: list[Any] = []
@@ -167,6 +174,10 @@ class _Region:
         self._slots.append(weakref.ref(slot))
         self._like.append((tensor.shape, tensor.dtype, tensor.device))
         return slot
+
+    def position(self) -> int:
+        """How many tensors were saved so far."""
+        return len(self._slots)
 
     def unpack(self, slot: _Slot) -> torch.Tensor:
         # A group of backward passes that share a recomputation, this pass, or none: then each look is one of its own.
@@ -219,6 +230,7 @@ class _Region:
                 stack.enter_context(torch.enable_grad())
                 if self._random is not None:
                     set_random_states(self._random, self._device)
+                stack.enter_context(kept_attention.playing(self._calls, pack, lambda: count))
                 _run(self._function, args)
         except _Done:
             pass

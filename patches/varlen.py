@@ -12,6 +12,7 @@ import torch
 from hf_turbo.kernels.varlen_attention import needs_lengths, varlen_attention
 from torch import nn
 
+from . import kept_attention
 from .engine import is_plain
 
 # Arguments of attention functions; what a layer's own function makes of the first two, its seam says.
@@ -104,6 +105,7 @@ def attend(
     if documents.calls == 0:
         documents.needs_lengths = cap is not None or sinks is not None or needs_lengths(query[0], value[0])
     documents.calls += 1
+    keeper, visible = kept_attention.current(), min(documents.longest, sliding_window or documents.longest)
     output = varlen_attention(
         query[0],
         key[0],
@@ -116,5 +118,6 @@ def attend(
         dropout=dropout,
         softcap=cap,
         sinks=sinks,
+        through=None if keeper is None or dropout else keeper.through(visible),
     )
     return output[None]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_turbo.patches import checkpointing, device_memory, host_memory, kept_layers
-from hf_turbo.patches.kept_layers import Stack
+from hf_turbo.patches.kept_layers import Costs, Kept, Stack
 
 import hf_turbo
 from hf_turbo.lifecycle import _Activation
@@ -31,9 +31,9 @@ def plan(monkeypatch) -> SimpleNamespace:
     """`plan.keep` of the last layers are kept; `plan.asked` is what the plans were given."""
     asked = SimpleNamespace(keep=0, asked=[])
 
-    def layers(sizes, rest, device):
-        asked.asked.append((sizes, rest, device))
-        return asked.keep
+    def layers(costs, rest, device, before):
+        asked.asked.append(([each.whole for each in costs], rest, device))
+        return Kept(asked.keep)
 
     monkeypatch.setattr(_Activation, "_memory_plan", lambda self: layers)
     return asked
@@ -226,7 +226,7 @@ def test_weights_that_are_wrappers(plan):
     layer._parameters["weight"] = torch.Tensor._make_wrapper_subclass(Wrapper, (2, 2))
     with pytest.raises(RuntimeError):
         layer.weight.untyped_storage().data_ptr()
-    stack = Stack([layer], lambda sizes, rest, device: 1)
+    stack = Stack([layer], lambda costs, rest, device, before: Kept(1))
     watch = stack.watch(0, torch.zeros(1, 8, 4))
     assert watch is not None
     watch([torch.zeros(4)])
@@ -363,9 +363,9 @@ def test_memory_runs_out(plan, monkeypatch):
 def _stack(plan: SimpleNamespace) -> tuple[Stack, list[torch.nn.Module]]:
     layers: list[torch.nn.Module] = [torch.nn.Identity(), torch.nn.Identity()]
 
-    def layers_of_plan(sizes, rest, device):
-        plan.asked.append((sizes, rest, device))
-        return plan.keep
+    def layers_of_plan(costs, rest, device, before):
+        plan.asked.append(([each.whole for each in costs], rest, device))
+        return Kept(plan.keep)
 
     return Stack(layers, layers_of_plan), layers
 
@@ -431,7 +431,8 @@ def test_free_memory_and_budget(monkeypatch):
 
     def keep(rest: float | None = None, **options: Any) -> int:
         activation = _Activation(hf_turbo.TurboConfig(**options), hf_turbo.report())
-        return activation._memory_plan()([10.0 * MIB] * 100, rest and rest * MIB, CPU)
+        costs = [Costs(10.0 * MIB, None, 1.0, 0.0)] * 100
+        return activation._memory_plan()(costs, rest and rest * MIB, CPU, Kept()).whole
 
     assert keep() == 0  # nothing is known yet
     assert (keep(100.0), keep(100.0, memory="max_speed"), keep(100.0, memory="as_is")) == (40, 80, 0)
@@ -449,7 +450,7 @@ def test_free_memory_of_the_host(monkeypatch):
 
     def keep(**options: Any) -> int:
         activation = _Activation(hf_turbo.TurboConfig(**options), hf_turbo.report())
-        return activation._memory_plan()([10.0] * 100, None, CPU)
+        return activation._memory_plan()([Costs(10.0, None, 1.0, 0.0)] * 100, None, CPU, Kept()).whole
 
     assert (keep(), keep(memory="max_speed"), keep(memory_budget="8GiB")) == (40, 80, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
