@@ -82,7 +82,7 @@ class _Activation:
             trainer: the Trainer that is about to train it.
             by_loop: it was met at `Accelerator.prepare`: the loop is unknown, and so is what the model is for.
         """
-        from hf_turbo.patches import checkpointing, conflicts, head, lora, mlp, norms, padding, rope
+        from hf_turbo.patches import checkpointing, conflicts, decoder_layers, head, lora, mlp, norms, padding, rope
         from hf_turbo.patches import trainer as trainer_patches
         from hf_turbo.patches import trl as trl_patches
 
@@ -101,6 +101,7 @@ class _Activation:
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model), conflict),
+            "layers": (lambda: decoder_layers.find(model), conflict),
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
