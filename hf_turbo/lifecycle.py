@@ -88,6 +88,7 @@ class _Activation:
             autocast,
             checkpointing,
             conflicts,
+            decoder_layers,
             embeddings,
             head,
             lora,
@@ -114,6 +115,7 @@ class _Activation:
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model), conflict),
+            "layers": (lambda: decoder_layers.find(model), conflict),
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }

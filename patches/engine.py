@@ -119,7 +119,10 @@ class ProcessPatch(AttributePatch):
 
 
 class ClassSwap(Patch):
-    """Swaps the class of a module, or of another object, for one made by `same_name_subclass`."""
+    """Swaps the class of a module, or of another object, for one made by `same_name_subclass`.
+
+    Swaps of one module stack, and are reverted in any order.
+    """
 
     def __init__(self, id: str, module: Any, subclass: type):
         # A weak reference: a patch must not keep a model alive that its user has dropped.
@@ -128,16 +131,22 @@ class ClassSwap(Patch):
     def apply(self) -> None:
         module = self._module()
         if module is not None:
-            module.__class__ = self._subclass
+            ours, stock = _ours_of(type(module))
+            # Over another swap that was not there when this one was made.
+            is_stacked = bool(ours) and stock is _ours_of(self._subclass)[1]
+            module.__class__ = _stack(stock, [*ours, _difference(self._subclass)]) if is_stacked else self._subclass
 
     def revert(self) -> bool:
         module = self._module()
         if module is None:
             return True
         # FSDP makes a class of its own out of ours; then the switch alone turns the replacement off.
-        if type(module) is not self._subclass:
+        ours, stock = _ours_of(type(module))
+        mine = _difference(self._subclass)
+        if mine not in ours or stock is not _ours_of(self._subclass)[1]:
             return False
-        module.__class__ = self._subclass.__mro__[1]
+        ours.remove(mine)
+        module.__class__ = _stack(stock, ours)
         return True
 
 
@@ -183,8 +192,9 @@ def same_name_subclass(base: type, make_forward: MakeForward | None = None, **at
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles and copies name the stock class: ours cannot be found by name, and must not be saved. Not
         # copyreg.__newobj__, for which pickle insists on the object's own class.
-        reduced: Any = base.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
-        return (copyreg._reconstructor, (base, object, None), *reduced[2:])  # type: ignore[attr-defined]
+        stock_base: Any = _ours_of(base)[1]
+        reduced: Any = stock_base.__reduce_ex__(self, protocol)
+        return (copyreg._reconstructor, (stock_base, object, None), *reduced[2:])  # type: ignore[attr-defined]
 
     namespace = {
         "__module__": base.__module__,
@@ -192,6 +202,7 @@ def same_name_subclass(base: type, make_forward: MakeForward | None = None, **at
         "__doc__": base.__doc__,
         "__reduce_ex__": __reduce_ex__,
         "_hf_turbo_stock_forward": stock,
+        "_hf_turbo_difference": (make_forward, attributes),
         **attributes,
     }
     if make_forward is not None and stock is not None:
@@ -212,7 +223,36 @@ def is_swapped(module: nn.Module) -> bool:
 
 def stock_class(module: nn.Module) -> type:
     """The class of a module, ours looked through."""
-    return type(module).__mro__[1] if "_hf_turbo_stock_forward" in vars(type(module)) else type(module)
+    return _ours_of(type(module))[1]
+
+
+def has_forward(module: nn.Module, make_forward: MakeForward) -> bool:
+    """Whether the forward of the module, or of a class that FSDP made out of it, is one that `make_forward` made."""
+    differences = (vars(cls).get("_hf_turbo_difference") for cls in type(module).__mro__)
+    return any(difference is not None and difference[0] is make_forward for difference in differences)
+
+
+_Difference = tuple[MakeForward | None, dict[str, Any]]
+
+
+def _difference(ours: type) -> _Difference:
+    """What `same_name_subclass` was given beside the base."""
+    return vars(ours)["_hf_turbo_difference"]  # type: ignore[no-any-return]
+
+
+def _ours_of(cls: type) -> tuple[list[_Difference], type]:
+    """The differences, the innermost first, of the classes of ours that `cls` consists of, and the stock class."""
+    differences: list[_Difference] = []
+    while "_hf_turbo_difference" in vars(cls):
+        differences.append(_difference(cls))
+        cls = cls.__mro__[1]
+    return differences[::-1], cls
+
+
+def _stack(cls: type, differences: list[_Difference]) -> type:
+    for make_forward, attributes in differences:
+        cls = same_name_subclass(cls, make_forward, **attributes)
+    return cls
 
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:

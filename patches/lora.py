@@ -393,7 +393,10 @@ class _Stash(NamedTuple):
     outputs: dict[nn.Module, torch.Tensor]
 
 
-class _Group:
+Compute = Callable[[tuple[Any, ...], torch.Tensor], tuple[torch.Tensor, ...] | None]
+
+
+class Group:
     """Layers that are called one after the other with the same input.
 
     The first computes all; the others find their output here. Where they are not called, or not with that input, the
@@ -403,7 +406,8 @@ class _Group:
 
     _PATIENCE = 3
 
-    def __init__(self, members: tuple[nn.Module, ...]):
+    def __init__(self, members: tuple[nn.Module, ...], compute: Compute = _compute):
+        self._compute = compute
         self._members = tuple(weakref.ref(member) for member in members)
         self._stash: _Stash | None = None
         self._misses = 0
@@ -411,21 +415,21 @@ class _Group:
 
     def compute(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         if self._misses >= self._PATIENCE:
-            return _compute((module,), x)
+            return self._compute((module,), x)
         if module is not self._members[0]():
             if not self._begun:
                 self._misses = self._PATIENCE
-            return self._take(module, x) or _compute((module,), x)
+            return self._take(module, x) or self._compute((module,), x)
         self._begun = True
         if self._stash is not None:
             self._stash = None
             self._misses += 1
             if self._misses >= self._PATIENCE:  # nothing is kept that nobody would clear
-                return _compute((module,), x)
+                return self._compute((module,), x)
         members = tuple(member for member in (reference() for reference in self._members) if member is not None)
-        outputs = _compute(members, x) if len(members) == len(self._members) else None
+        outputs = self._compute(members, x) if len(members) == len(self._members) else None
         if outputs is None:
-            return _compute((module,), x)
+            return self._compute((module,), x)
         self._stash = _Stash(x, x._version, _mode(x), dict(zip(members[1:], outputs[1:], strict=True)))
         return outputs
 
@@ -448,7 +452,12 @@ def _mode(x: torch.Tensor) -> tuple[torch.dtype | None, bool]:
     return _autocast(x.device), torch.is_grad_enabled()
 
 
-_GROUPS: weakref.WeakKeyDictionary[nn.Module, _Group] = weakref.WeakKeyDictionary()
+_GROUPS: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary()
+
+
+def group_of(module: nn.Module) -> Group | None:
+    """The group that a layer is a member of."""
+    return _GROUPS.get(module)
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -506,16 +515,16 @@ class _LayerSwap(ClassSwap):
         return super().revert()
 
 
-class _GroupPatch(Patch):
+class GroupPatch(Patch):
     """Computes members of a group together."""
 
-    def __init__(self, id: str, members: tuple[nn.Module, ...]):
-        self.id = id
+    def __init__(self, id: str, members: tuple[nn.Module, ...], compute: Compute = _compute):
+        self.id, self._compute = id, compute
         self._members = tuple(weakref.ref(member) for member in members)
 
     def apply(self) -> None:
         members = tuple(member() for member in self._members)
-        group = _Group(tuple(member for member in members if member is not None))
+        group = Group(tuple(member for member in members if member is not None), self._compute)
         for member in members:
             if member is not None:
                 _GROUPS[member] = group
@@ -668,7 +677,7 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
         members = tuple(child for child in (getattr(module, key, None) for key in _ATTENTION) if child in ours)
         widths = {getattr(member, "in_features", None) for member in members}
         if len(members) > 1 and len(widths) == 1 and not any(member in _GROUPS for member in members):
-            finding.patches.append(_GroupPatch(f"qkv:{name}", members))
+            finding.patches.append(GroupPatch(f"qkv:{name}", members))
     if finding.patches:
         finding.patches.append(FULL_SUMS)
     return finding

@@ -17,7 +17,7 @@ from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
 from torch import nn
 
-from . import lora
+from . import linears, lora
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -81,7 +81,9 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         fused = lora.gated_mlp((self.gate_proj, self.up_proj, self.down_proj), x, activation)
         if fused is not None:
             return fused
-        gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
+        both = linears.compute((self.gate_proj, self.up_proj), x)
+        gate, up = both if both is not None else (self.gate_proj(x), self.up_proj(x))
+        down = self.down_proj
         if not _usable(gate, up):
             return down(self.act_fn(gate) * up)
         if torch.is_grad_enabled() and _is_plain_linear(down, gate):
@@ -99,7 +101,8 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         fused = lora.gated_mlp((self.gate_up_proj, self.down_proj), hidden_states, activation)
         if fused is not None:
             return fused
-        gate_up, down = self.gate_up_proj(hidden_states), self.down_proj
+        fused = linears.compute((self.gate_up_proj,), hidden_states)
+        gate_up, down = self.gate_up_proj(hidden_states) if fused is None else fused[0], self.down_proj
         if not _usable(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return down(up * self.activation_fn(gate))
@@ -108,6 +111,13 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         return down(glu_packed(gate_up, activation))
 
     return forward
+
+
+def projections_of(module: nn.Module) -> tuple[Any, ...]:
+    """The layers that alone read the input of an MLP whose forward is understood; none of another module."""
+    body = fingerprint(forward_of(stock_class(module)))
+    names = ("gate_proj", "up_proj") if body in _SPLIT else ("gate_up_proj",) if body in _PACKED else ()
+    return tuple(module._modules.get(name) for name in names)
 
 
 def find(model: nn.Module) -> Finding:

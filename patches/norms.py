@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from hf_turbo.kernels.add_rms_norm import Norm
 from hf_turbo.kernels.layer_norm import layer_norm
 from hf_turbo.kernels.rms_norm import rms_norm
 from torch import nn
@@ -21,6 +22,7 @@ from .engine import (
     Exactness,
     Finding,
     forward_of,
+    has_hooks,
     is_live,
     is_plain,
     is_swapped,
@@ -76,6 +78,19 @@ def _make_forward_of(body: _Body) -> Callable[[Callable[..., Any]], Callable[...
         return forward
 
     return make_forward
+
+
+def understood(module: Any) -> Norm | None:
+    """What calling an RMSNorm module computes, where that is all it does now."""
+    if not isinstance(module, nn.Module) or has_hooks(module) or "_hf_hook" in module.__dict__:
+        return None
+    body = _body(stock_class(module))
+    if body is None or body.centered or any(True for _ in module.children()):
+        return None
+    weight = module._parameters.get("weight")
+    if weight is not None and weight.ndim != 1:
+        return None
+    return Norm(getattr(module, body.eps), body.weight_offset, body.round_before_weight)
 
 
 def find(model: nn.Module) -> Finding:

@@ -1,0 +1,238 @@
+"""Decoder layers of transformers: the residual addition and the norm behind it are one pass, forward and backward.
+
+    residual, y = add_rms_norm(residual, attention)       then the MLP reads y
+
+The sum is rounded before it is normed, as in stock. Where a norm begins the layer there is nothing to add in forward,
+but in backward the gradient of the residual stream joins the norm's in the pass that makes it. The addition that ends a
+layer stays: the next layer is another module, with checkpointing between them.
+
+Sub-modules are called as in stock, with ordinary tensors, so that hooks, adapters and other patches see what they
+would. Where a norm has hooks or an unknown body, it is called too. The query, key and value projections (`linears.py`)
+do not keep what the norm gave them, and neither do gate and up (`mlp.py`).
+
+Under autocast y has the 16 bits that all its readers would cast it to, where all are plain linear layers.
+
+Bodies (5.17 and 5.23 agree). Norms behind attention or MLP (Gemma 2 and 3, GLM 4) and multipliers and dropout
+(Granite, Phi-3) act before the addition, as calls of their own. OLMo 2 has no norm behind an addition.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from hf_turbo.kernels.add_rms_norm import Norm, add_rms_norm
+from hf_turbo.kernels.linears import Source
+from torch import nn
+
+from . import linears, lora, mlp, norms
+from .conflicts import module_conflict
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    forward_of,
+    has_forward,
+    has_hooks,
+    is_live,
+    is_plain,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
+from .fingerprint import fingerprint, syntax_tree
+
+
+class _Body(NamedTuple):
+    """Names of modules and attributes; None where the layer has none.
+
+    Attributes:
+        before_mlp: the norm behind the first addition.
+        after_attention, after_mlp: what the branch goes through before it is added.
+        multiplier: of both branches.
+    """
+
+    before_mlp: str = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_mlp: str | None = None
+    multiplier: str | None = None
+
+
+_FORWARDS = {
+    "ca2c2d7b384a": _Body(),  # Llama, Mistral, Qwen, Gemma, SmolLM3, GLM, DeepSeek
+    "4515fd5958c4": _Body(),  # Mixtral, MiniMax: another order of arguments
+    "416a17be3945": _Body(multiplier="residual_multiplier"),  # Granite
+    "dc87b3e2f735": _Body(after_attention="resid_attn_dropout", after_mlp="resid_mlp_dropout"),  # Phi-3
+    "5267d7f9a557": _Body(
+        "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"
+    ),  # Gemma 2 and 3
+    "be17c4472206": _Body(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),  # GLM 4
+}
+_FIRST_NORM = "input_layernorm"
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+
+
+# ---------------------------------------------------------------------------------------------------------- who reads y
+
+
+@cache
+def _reads_by_projections(cls: type) -> bool:
+    """Whether an attention's forward does nothing with its input but project it and ask for its shape."""
+    tree = syntax_tree(forward_of(cls))
+    function = None if tree is None else tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
+        return False
+    name = function.args.args[1].arg
+    known = {projection for names in _PROJECTIONS for projection in names}
+    uses = allowed = 0
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and node.id == name:
+            uses += 1
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == name:
+            allowed += node.attr == "shape"
+        elif isinstance(node, ast.Call) and len(node.args) == 1 and isinstance(node.args[0], ast.Name):
+            callee = node.func
+            is_projection = (
+                isinstance(callee, ast.Attribute)
+                and isinstance(callee.value, ast.Name)
+                and callee.value.id == "self"
+                and callee.attr in known
+            )
+            allowed += node.args[0].id == name and is_projection
+    return uses == allowed > 0
+
+
+def _projections(attention: nn.Module) -> tuple[Any, ...]:
+    for names in _PROJECTIONS:
+        members = tuple(attention._modules.get(name) for name in names)
+        if all(member is not None for member in members):
+            return members
+    return ()
+
+
+def _only_linears_read(module: nn.Module) -> bool:
+    """Whether nobody but plain linear layers reads the input of an attention or an MLP, as things are now."""
+    if has_hooks(module):
+        return False
+    if _reads_by_projections(stock_class(module)):
+        readers = _projections(module)
+    else:
+        readers = mlp.projections_of(module)
+    return bool(readers) and all(map(linears.is_plain_linear, readers))
+
+
+# --------------------------------------------------------------------------------------------------------- replacements
+
+
+def _add_and_norm(
+    norm: Any, residual: torch.Tensor, branch: torch.Tensor | None, reader: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + branch and the norm of it, which `reader` is given."""
+    understood = norms.understood(norm)
+    weight = norm._parameters.get("weight")
+    if (
+        understood is None
+        or not is_plain(residual, branch, weight)
+        or not residual.is_floating_point()
+        or (branch is not None and (branch.shape != residual.shape or not branch.is_floating_point()))
+        or any(each is not None and each.device != residual.device for each in (branch, weight))
+    ):
+        h = residual if branch is None else residual + branch
+        return h, norm(h)
+    dtype = None
+    low = linears.autocast_dtype(residual.device)
+    if low is not None and residual.dtype != torch.float64 and _only_linears_read(reader):
+        dtype = low
+    h, y = add_rms_norm(residual, branch, weight, understood, dtype)
+    if y.requires_grad:
+        linears.note(y, Source(h.detach(), weight, understood, y.dtype))
+    return h, y
+
+
+@cache
+def _make_forward_of(body: _Body) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = list(inspect.signature(stock).parameters.values())[2:]
+        # What stock hands to attention even where it was not given.
+        defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+
+        def scaled(self: Any, branch: torch.Tensor, after: str | None) -> torch.Tensor:
+            if after is not None:
+                branch = getattr(self, after)(branch)
+            return branch if body.multiplier is None else branch * getattr(self, body.multiplier)
+
+        def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if (
+                not is_live()
+                or args
+                or torch.compiler.is_compiling()  # before what it cannot see through
+                or type(hidden_states) is not torch.Tensor
+                or hidden_states.numel() == 0
+                or hidden_states.is_inference()
+                or torch._C._are_functorch_transforms_active()
+            ):
+                result: torch.Tensor = stock(self, hidden_states, *args, **kwargs)
+                return result
+            modules = self._modules
+            residual, y = _add_and_norm(modules[_FIRST_NORM], hidden_states, None, modules["self_attn"])
+            branch, _ = modules["self_attn"](hidden_states=y, **{**defaults, **kwargs})
+            branch = scaled(self, branch, body.after_attention)
+            residual, y = _add_and_norm(modules[body.before_mlp], residual, branch, modules["mlp"])
+            del branch
+            return residual + scaled(self, modules["mlp"](y), body.after_mlp)
+
+        return forward
+
+    return make_forward
+
+
+# ---------------------------------------------------------------------------------------------------------------- find
+
+
+def _reason(layer: nn.Module, body: _Body | None) -> str | None:
+    """Why a layer stays stock, or None."""
+    reason = module_conflict(layer)
+    if reason is None and body is None:
+        reason = f"unknown forward of {stock_class(layer).__name__}"
+    if reason is None and body is not None:
+        names = (_FIRST_NORM, body.before_mlp, "self_attn", "mlp", body.after_attention, body.after_mlp)
+        if any(name is not None and not isinstance(layer._modules.get(name), nn.Module) for name in names):
+            reason = "parts are missing"
+        elif norms.understood(layer._modules[body.before_mlp]) is None:
+            reason = f"no kernel for a {stock_class(layer._modules[body.before_mlp]).__name__} here"  # type: ignore
+    return reason
+
+
+def find(model: nn.Module) -> Finding:
+    """Class swaps for every decoder layer whose forward is understood, and for its attention's projections."""
+    finding = Finding("layers", "add_rms_norm, linears", Exactness.REASSOCIATED)
+    for name, layer in model.named_modules():
+        cls = stock_class(layer)
+        if "DecoderLayer" not in cls.__name__ or not hasattr(cls, "forward"):
+            continue
+        finding.found += 1
+        body = _FORWARDS.get(fingerprint(forward_of(cls)) or "")
+        if body is not None and has_forward(layer, _make_forward_of(body)):
+            finding.patched += 1
+            continue
+        reason = _reason(layer, body)
+        if reason is not None or body is None:
+            finding.refuse(reason or "")
+            continue
+        finding.patched += 1
+        finding.patches.append(ClassSwap(f"layers:{name}", layer, same_name_subclass(cls, _make_forward_of(body))))
+        attention: Any = layer._modules["self_attn"]
+        members = _projections(attention)
+        if not members or not all(map(linears.is_plain_linear, members)) or any(map(is_swapped, members)):
+            continue
+        if len({member.in_features for member in members}) > 1 or any(map(module_conflict, members)):
+            continue
+        swapped = same_name_subclass(nn.Linear, linears.make_forward)
+        finding.patches += [ClassSwap(f"linears:{name}.self_attn", member, swapped) for member in members]
+        if len(members) > 1:
+            finding.patches.append(lora.GroupPatch(f"qkv:{name}.self_attn", members, linears.compute))
+    return finding
