@@ -5,8 +5,8 @@
 #   .gpu/smollm2/      for `demo`: config and tokenizer of SmolLM2-135M-Instruct, from `demo.py --prepare`
 #
 #   benchmarks/gpu.sh PART...
-#     tests      the tests of kernels and patches that are marked gpu
-#     kernels    each kernel against stock and its floor
+#     tests[=FILE,...]       the tests that are marked gpu: of kernels and patches, or of these files
+#     kernels[=OP,...]       each kernel, or these, against stock and its floor
 #     train=NAME[:SYSTEMS[:KEY=VALUE,...]]   one workload of train.py, by default with stock,turbo; TRAIN_FLAGS adds to it
 #     demo       the demo on the GPU; with random weights, as the trained ones are too large to carry
 #
@@ -38,7 +38,11 @@ cd "$site-run" || exit
 
 run_part() {
   case $1 in
+    tests=*)
+      IFS=, read -ra files <<<"${1#tests=}"
+      "$python" -m pytest -q -m gpu --durations=3 "${files[@]}" ;;
     tests) "$python" -m pytest tests/kernels -q -m gpu && "$python" -m pytest tests/patches -q -m gpu ;;
+    kernels=*) "$python" benchmarks/kernels/summary.py --only "${1#kernels=}" --json "$out/kernels.json" ;;
     kernels) "$python" benchmarks/kernels/summary.py --json "$out/kernels.json" ;;
     demo)
       "$python" - "$repository/.gpu/smollm2" <<'PY' || return

@@ -25,7 +25,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from hf_turbo.kernels.add_rms_norm import Norm, add_rms_norm
+from hf_turbo.kernels.add_rms_norm import add_rms_norm
 from hf_turbo.kernels.linears import Source
 from torch import nn
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hf_turbo.patches import checkpointing, kept_attention, kept_layers
 from hf_turbo.patches.kept_layers import Kept
-from hf_turbo.policies import memory
-from hf_turbo.policies.memory import Layer
 from torch.utils.checkpoint import checkpoint
 
 import hf_turbo
 from hf_turbo.lifecycle import _Activation
+from hf_turbo.policies import memory
+from hf_turbo.policies.memory import Layer
 from tests.models import loss_and_gradients, switch_on, switched_off, tiny_model
 from tests.patches.test_padding import packed, padded
 
