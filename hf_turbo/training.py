@@ -48,6 +48,11 @@ class Training:
         from hf_turbo.patches import accelerate
         from hf_turbo.patches import trainer as trainer_patches
 
+        if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
+            raise RuntimeError(
+                f"hf_turbo: bf16_weights={self._config.bf16_weights!r} was asked for but cannot be had: DeepSpeed "
+                "steps by itself, and keeps fp32 masters. Use bf16_weights='as_is' to go on without it"
+            )
         self._page_optimizer()
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
         if self._retry is not None:
