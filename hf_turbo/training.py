@@ -59,6 +59,11 @@ class Training:
         from hf_turbo.patches import accelerate, autocast, lora, prefetch, shadows
         from hf_turbo.patches import trainer as trainer_patches
 
+        if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
+            raise RuntimeError(
+                f"hf_turbo: bf16_weights={self._config.bf16_weights!r} was asked for but cannot be had: DeepSpeed "
+                "steps by itself, and keeps fp32 masters. Use bf16_weights='as_is' to go on without it"
+            )
         self._page_optimizer()
         if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
             self._shadows = shadows.Shadows(copies_fit, lora.merged(self._trainer.model))

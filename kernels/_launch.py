@@ -107,24 +107,29 @@ _INTEGER_KINDS = _IntegerKinds()
 _MOST_RUNNERS = 256  # batches of varying lengths have many grids
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **meta: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, fp_fusion: bool = True, **meta: Any
+) -> None:
     """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device).
 
     Triton's look-up of the compiled kernel takes as much host time as the launch; on a GPU it is done here, by the same
     properties of the arguments: dtype and alignment of tensors, size, divisibility by 16 and being 1 of integers.
 
-    Fused multiply-add is asked for by name: its default changes with Triton 3.10, and 3.9 warns about that.
+    Fused multiply-add is asked for by name: its default changes with Triton 3.10, and 3.9 warns about that. Without it
+    (`fp_fusion`, the same at every launch of a kernel) two kernels that say the same arithmetic do the same.
     """
     if device.type != "cuda":
-        kernel[grid](*args, enable_fp_fusion=True, **meta)
+        kernel[grid](*args, enable_fp_fusion=fp_fusion, **meta)
     elif device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _launch(kernel, grid, device, args, meta)
+            _launch(kernel, grid, device, args, fp_fusion, meta)
     else:
-        _launch(kernel, grid, device, args, meta)
+        _launch(kernel, grid, device, args, fp_fusion, meta)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, meta: dict[str, Any]) -> None:
+def _launch(
+    kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any, fp_fusion: bool, meta: dict[str, Any]
+) -> None:
     index = device.index
     key: list[Any] = [id(kernel), index, *meta.values()]
     for arg in args:
@@ -138,7 +143,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: torch.device, args: Any,
     signature = tuple(key)
     compiled = _COMPILED.get(signature)
     if compiled is None:
-        function = kernel[grid](*args, enable_fp_fusion=True, **meta)
+        function = kernel[grid](*args, enable_fp_fusion=fp_fusion, **meta)
         constants = [meta[name] for name in kernel.arg_names[len(args) :]]
         _COMPILED[signature] = _Compiled(function, constants, {})
         return

@@ -33,6 +33,9 @@ How the nearest code is found: thresholds between neighbours are compared exactl
 of a float (sign, exponent, 7 bits of mantissa) name an interval that holds at most one threshold, and a table says
 which. It serves any map that is no denser than that.
 
+Both kernels are compiled without fused multiply-add, so that a weight with its remainder takes the very steps of a
+float32 weight: with it the compiler contracts the two in different places, and their last bits part.
+
 Floor, for N elements of e-byte parameters and gradients: 3*N*e bytes, 4*N of remainders, and 4 times the bytes of a
 state. Of bfloat16 parameters, that is 14*N with bfloat16 states (rounded by chance too), 22*N with float32 states and
 26*N with those and remainders; 10*N and 14*N with 8-bit states.
@@ -634,6 +637,7 @@ class MultiTensorAdamW:
                 CHUNK=_CHUNK,
                 ALIGNED=aligned,
                 DECAY_LAST=self.decay_last,
+                fp_fusion=False,
                 REMAINDER=self.remainders is not None,
                 RANDOM=self.random is not None,
                 RANDOM_STATE=self.random is not None and self.exp_avgs[0].dtype == torch.bfloat16,
@@ -663,6 +667,7 @@ class MultiTensorAdamW:
             ALIGNED=aligned,
             SIGNED2=len(second.starts) == len(first.starts),
             DECAY_LAST=self.decay_last,
+            fp_fusion=False,
             REMAINDER=self.remainders is not None,
             RANDOM=self.random is not None,
             num_warps=_WARPS,

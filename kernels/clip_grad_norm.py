@@ -17,6 +17,11 @@ gradients NaN), NaN makes every gradient NaN.
 
 Floor, for N elements of e bytes: N*e bytes, and 2*N*e more where gradients are scaled.
 
+Why the scale is not left to the step, which reads all gradients once more: between the two, and after the step until
+they are set to None, gradients are there for anybody to read (callbacks, hooks of the optimizer, loggers), and a tensor
+does not tell that it is read. Written by the step, 2*N*e bytes could be saved, of bf16 gradients of 1.24e9 weights 0.6
+ms at 4 TB/s, and only where the norm is above the limit: below it nothing is written as it is.
+
 Raises ValueError for tensors that do not fit together, TypeError for dtypes.
 """
 

@@ -108,6 +108,8 @@ class Bf16Weights:
         """States as stock makes them, for stock to go on; whether there were others."""
         self._versions.clear()
         changed = False
+        if self.choice != "exact_master":
+            return changed
         for param, state in optimizer.state.items():
             if isinstance(state, dict) and state.pop(REMAINDER, None) is not None:
                 changed = True

@@ -10,7 +10,7 @@ from hf_turbo.kernels import _bf16_weights as bf16
 from hf_turbo.kernels._launch import launch, use_triton
 from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
 
-from tests.kernels.helpers import randn
+from tests.kernels.helpers import assert_as_exact_as_stock, randn
 from tests.kernels.test_adamw import bitsandbytes_maps
 
 RATES = Rates(1e-3, 0.9, 0.999, 1e-8, 0.1)
@@ -104,8 +104,7 @@ def gradients(params: list[torch.Tensor], step: int) -> list[torch.Tensor]:
     ]
 
 
-@pytest.mark.parametrize("kind", ["float32", "8-bit"])
-@pytest.mark.parametrize("decay_last", [False, True])
+@pytest.mark.parametrize(("kind", "decay_last"), [("float32", False), ("8-bit", True)])
 def test_bit_identical_to_fp32_masters(device, kind, decay_last):
     """The gradient depends on the weight, so that a weight that differs makes everything differ."""
     maps = bitsandbytes_maps(device) if kind == "8-bit" else None
@@ -116,7 +115,7 @@ def test_bit_identical_to_fp32_masters(device, kind, decay_last):
     ours, theirs = states_of(kind, start, maps), states_of(kind, start, maps)
     tables = MultiTensorAdamW(params, remainders=remainders, **ours, **options)
     reference = MultiTensorAdamW(masters, **theirs, **options)
-    for step in range(1, 9):
+    for step in range(1, 6):
         grads = gradients(start, step)
         reference.update([g + bf16.split(m)[0] for g, m in zip(grads, masters, strict=True)], [RATES], float(step))
         tables.update([g + p for g, p in zip(grads, params, strict=True)], [RATES], float(step))
@@ -126,6 +125,29 @@ def test_bit_identical_to_fp32_masters(device, kind, decay_last):
         for name in ("exp_avgs", "exp_avg_sqs"):
             assert torch.equal(ours[name][i], theirs[name][i]), name
     assert any(bool((rest != 0).any()) for rest in remainders)
+
+
+def test_masters_are_as_exact_as_torch_in_fp32(device):
+    """After 1 step and after 100, against float64; the weight itself is the master rounded once."""
+    start = [randn(600, device=device, dtype=torch.bfloat16, scale=0.02)]
+    params, remainders = [start[0].clone()], [torch.zeros_like(start[0], dtype=torch.int16)]
+    states = states_of("float32", params, None)
+    tables = MultiTensorAdamW(params, groups=[0], remainders=remainders, **states)
+    leaves = [torch.nn.Parameter(start[0].to(dtype)) for dtype in (torch.float32, torch.float64)]
+    stock = [torch.optim.AdamW([leaf], lr=RATES.lr, weight_decay=RATES.weight_decay) for leaf in leaves]
+    for step in range(1, 101):
+        grads = gradients(start, step)
+        tables.update(grads, [RATES], float(step))
+        for leaf, optimizer in zip(leaves, stock, strict=True):
+            leaf.grad = grads[0].to(leaf.dtype)
+            optimizer.step()
+        if step in (1, 100):
+            master, fp32, fp64 = bf16.join(params[0], remainders[0]), *(leaf.detach() for leaf in leaves)
+            assert_as_exact_as_stock(f"master after {step} steps", master, fp32, fp64)
+            for name, key in (("exp_avgs", "exp_avg"), ("exp_avg_sqs", "exp_avg_sq")):
+                theirs = [o.state[leaf][key] for o, leaf in zip(stock, leaves, strict=True)]
+                assert_as_exact_as_stock(f"{key} after {step} steps", states[name][0], *theirs)
+            assert torch.equal((params[0].double() - master).abs(), (master.bfloat16().double() - master).abs())
 
 
 def test_missing_gradients_and_unaligned_tensors(device):
@@ -147,7 +169,7 @@ def test_missing_gradients_and_unaligned_tensors(device):
 # ----------------------------------------------------------------------------------------------------------- by chance
 
 
-def run_by_chance(device, kind, seed=3, streams=(7, 1, 2, 0, 4), steps=3, rates=RATES) -> list[torch.Tensor]:
+def run_by_chance(device, kind, seed=3, streams=(7, 1, 2, 0, 4), steps=2, rates=RATES) -> list[torch.Tensor]:
     maps = bitsandbytes_maps(device) if kind == "8-bit" else None
     params = [randn(*shape, device=device, dtype=torch.bfloat16, seed=i, scale=0.02) for i, shape in enumerate(SHAPES)]
     states = states_of(kind, params, maps)
@@ -186,7 +208,7 @@ def test_by_chance_is_unbiased(device):
     """The mean of many roundings is the float32 value to 5 standard errors, also tensor by tensor; and roundings of
     neighbours, of one place in two tensors, and of a place at two steps, know nothing of each other.
     """
-    count, repeats, ulp = 4096, 24, 2.0**-7
+    count, repeats, ulp = 4096, 10, 2.0**-7
 
     def ups(fraction: float, step: float) -> torch.Tensor:
         """Which of many ones went up by a unit in the last place, when `fraction` of one was to be added."""
@@ -200,7 +222,7 @@ def test_by_chance_is_unbiased(device):
         assert set(up.unique().tolist()) == {0.0, 1.0}
         return up
 
-    for fraction in (0.1, 0.5, 0.77):
+    for fraction in (0.1, 0.77):
         up = ups(fraction, 1.0)
         spread = (fraction * (1 - fraction)) ** 0.5
         assert abs(float(up.mean()) - fraction) < 5 * spread / up.numel() ** 0.5

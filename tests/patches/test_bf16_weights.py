@@ -1,6 +1,6 @@
 """bf16 weights under patched optimizers: as an fp32 run, saved and resumed; what is told of those that are as they are.
 
-On the CPU, by the torch reference of the kernels; those have tests of their own.
+On the CPU by the torch reference of the kernels; those have tests of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,13 @@ pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:hf_turbo. s
 
 BF16, CPU = torch.bfloat16, torch.device("cpu")
 SOME = ["torch", "torch-fused", "bnb-8bit", "bnb-32bit"]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device(request.param)
 
 
 @pytest.fixture
@@ -61,7 +68,8 @@ def train(model: Model, optimizer: Any, steps: range, read: Callable[[Any], Any]
     for step in steps:
         generator = torch.Generator().manual_seed(1000 + step)
         for name, param in model.named_parameters():
-            grad = torch.randn(param.shape, generator=generator).to(BF16) * 0.1 + 0.1 * read(param.detach())
+            grad = torch.randn(param.shape, generator=generator).to(param.device, BF16) * 0.1
+            grad += 0.1 * read(param.detach())
             param.grad = None if name == "idle" else grad.to(param.dtype)
         optimizer.step()
 
@@ -82,9 +90,9 @@ def assert_same(one: Any, other: Any, optimizer: Any, other_optimizer: Any) -> N
 
 
 @pytest.mark.parametrize("maker", SOME)
-def test_exact_masters_are_an_fp32_run(patch, maker):
+def test_exact_masters_are_an_fp32_run(device, patch, maker):
     """Same kernel, fp32 weights, whose nearest bf16 forward sees: the same bits, weights and states."""
-    model, twin = Model(CPU, BF16), Model(CPU, BF16).float()
+    model, twin = Model(device, BF16), Model(device, BF16).float()
     optimizer, reference = MAKERS[maker](model.groups(), lr=1e-4), MAKERS[maker](twin.groups(), lr=1e-4)
     notes, _ = patch(optimizer, "exact_master")
     patch(reference)
@@ -102,7 +110,7 @@ def test_exact_masters_are_an_fp32_run(patch, maker):
             mine = torch.as_tensor(optimizer.state[param][key])
             assert mine.dtype == torch.as_tensor(value).dtype, key
             assert torch.equal(mine, torch.as_tensor(value)), key
-    plain = Model(CPU, BF16)
+    plain = Model(device, BF16)
     stock = MAKERS[maker](plain.groups(), lr=1e-4)
     train(plain, stock, range(6))
     assert float((model.a != plain.a).float().mean()) > 0.05  # or the test could not fail
@@ -117,8 +125,8 @@ def saved(optimizer: Any) -> Any:
 
 @pytest.mark.parametrize("choice", ["exact_master", "stochastic_rounding"])
 @pytest.mark.parametrize("maker", SOME)
-def test_a_resumed_run_is_the_same_run(patch, maker, choice):
-    model, twin = Model(CPU, BF16), Model(CPU, BF16)
+def test_a_resumed_run_is_the_same_run(device, patch, maker, choice):
+    model, twin = Model(device, BF16), Model(device, BF16)
     optimizer, whole = MAKERS[maker](model.groups(), lr=1e-4), MAKERS[maker](twin.groups(), lr=1e-4)
     patch(whole, choice, seed=5)
     train(twin, whole, range(6))
@@ -131,7 +139,7 @@ def test_a_resumed_run_is_the_same_run(patch, maker, choice):
     assert is_turbo(resumed)
     assert_same(model, twin, resumed, whole)
     if choice == "stochastic_rounding":
-        other = Model(CPU, BF16)
+        other = Model(device, BF16)
         another = MAKERS[maker](other.groups(), lr=1e-4)
         patch(another, choice, seed=6)
         train(other, another, range(6))
@@ -139,9 +147,9 @@ def test_a_resumed_run_is_the_same_run(patch, maker, choice):
 
 
 @pytest.mark.parametrize("maker", SOME)
-def test_stock_goes_on_from_exact_masters_and_back(patch, maker):
+def test_stock_goes_on_from_exact_masters_and_back(device, patch, maker):
     """Stock reads what it knows, in its own dtype; coming back, masters begin as the weights are."""
-    model = Model(CPU, BF16)
+    model = Model(device, BF16)
     optimizer = MAKERS[maker](model.groups(), lr=1e-4)
     patch(optimizer, "exact_master")
     train(model, optimizer, range(3))
