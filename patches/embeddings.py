@@ -14,26 +14,52 @@ from hf_turbo.kernels.tied_embedding import tied_embedding
 from torch import nn
 
 from .conflicts import module_conflict
-from .engine import ClassSwap, Exactness, Finding, is_live, is_plain, is_swapped, same_name_subclass, stock_class
+from .engine import (
+    ClassSwap,
+    Exactness,
+    Finding,
+    forward_of,
+    is_live,
+    is_plain,
+    is_swapped,
+    same_name_subclass,
+    stock_class,
+)
+from .fingerprint import fingerprint
 from .trainer import gathers_weights
+
+_SCALED = {"296da2c51a33"}  # Gemma, Gemma 3 and their kin: times `embed_scale`, a buffer
+
+
+def _is_tied(module: Any, ids: torch.Tensor) -> bool:
+    """Whether this call is a lookup in a trained weight and nothing else, by autograd alone."""
+    if not is_live() or torch.compiler.is_compiling():
+        return False
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None
+        and torch.is_grad_enabled()
+        and weight.requires_grad
+        and is_plain(weight, ids)
+        and ids.numel() > 0
+        and ids.device == weight.device
+        and _options(module) is None
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        if not is_live() or torch.compiler.is_compiling():
-            return stock(self, input)
-        weight = self._parameters.get("weight")
-        if (
-            weight is None
-            or not (torch.is_grad_enabled() and weight.requires_grad)
-            or not is_plain(weight, input)
-            or input.numel() == 0
-            or input.device != weight.device
-            or _options(self) is not None
-            or torch._C._are_functorch_transforms_active()
-        ):
-            return stock(self, input)
-        return tied_embedding(input, weight, self.padding_idx)
+        return tied_embedding(input, self.weight, self.padding_idx) if _is_tied(self, input) else stock(self, input)
+
+    return forward
+
+
+def _make_scaled_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(self: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        if not _is_tied(self, input_ids):
+            return stock(self, input_ids)
+        return tied_embedding(input_ids, self.weight, self.padding_idx) * self.embed_scale.to(self.weight.dtype)
 
     return forward
 
@@ -72,13 +98,16 @@ def find(model: Any) -> Finding:
         finding.patched = 1
         return finding
     reason = module_conflict(embedding)
-    if reason is None and stock_class(embedding) is not nn.Embedding:
-        reason = f"a {type(embedding).__name__}, not a plain embedding"
+    cls, make_forward = stock_class(embedding), _make_forward
+    if cls is not nn.Embedding:
+        make_forward = _make_scaled_forward
+        if reason is None and not (issubclass(cls, nn.Embedding) and fingerprint(forward_of(cls)) in _SCALED):
+            reason = f"unknown forward of {cls.__name__}"
     if reason is None and (option := _options(embedding)) is not None:  # type: ignore[arg-type]
         reason = f"the embedding has {option}"
     if reason is not None:
         finding.refuse(reason)
         return finding
     finding.patched = 1
-    finding.patches.append(ClassSwap("embeddings", embedding, same_name_subclass(nn.Embedding, _make_forward)))
+    finding.patches.append(ClassSwap("embeddings", embedding, same_name_subclass(cls, make_forward)))
     return finding
