@@ -87,11 +87,11 @@ def compute(modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ..
         return None
     source, flat = _source_of(y), [each for pair in parameters for each in pair if each is not None]
     # Of one layer whose input is not made again, or of no gradient at all, there is nothing to gain.
-    if source is None and len(modules) == 1 or not (y.requires_grad or any(each.requires_grad for each in flat)):
+    if (source is None and len(modules) == 1) or not (y.requires_grad or any(each.requires_grad for each in flat)):
         return None
     low = autocast_dtype(y.device)
     dtype = y.dtype if low is None else low
-    if any(each.device != y.device or each.dtype != (low and each.dtype or dtype) for each in flat) or (
+    if any(each.device != y.device or each.dtype != ((low and each.dtype) or dtype) for each in flat) or (
         low is not None and torch.float64 in {y.dtype, *(each.dtype for each in flat)}
     ):
         return None
