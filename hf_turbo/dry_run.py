@@ -31,6 +31,8 @@ from .policies.footprint import Trained
 # torch's allocator hands out multiples of this.
 ALLOCATION = 512
 _ATTENTION = "hf_turbo_dry_run"
+# What changes no memory, or is done here.
+_OFF = ("padding", "merging", "graphs", "checkpointing", "offload", "optimizer", "host", "loss", "metrics", "report")
 # bitsandbytes' defaults, which transformers does not change: elements that share a scale, and scales that do.
 _BLOCK, _BLOCK_OF_SCALES = 64, 256
 
@@ -360,13 +362,12 @@ class _Layers:
 
 @contextmanager
 def patched(model: Any) -> Iterator[None]:
-    """The model under hf_turbo, for the length of a `with` block. What changes no memory, or is done here, is off."""
+    """The model under hf_turbo, for the length of a `with` block."""
     from transformers import AttentionInterface
 
     import hf_turbo
 
-    off = ("padding", "merging", "graphs", "checkpointing", "offload", "optimizer", "host", "loss", "metrics", "report")
-    options: dict[str, Any] = {**dict.fromkeys(off, False), "memory": "as_is"}
+    options: dict[str, Any] = {**dict.fromkeys(_OFF, False), "memory": "as_is"}
     AttentionInterface.register(_ATTENTION, _attention)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal.config._attn_implementation == "sdpa":

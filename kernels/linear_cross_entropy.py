@@ -37,10 +37,15 @@ from ._weights import compute_weight
 from .tied_embedding import Tie, tie_of
 
 # Bytes of logits held at a time, and the fewest rows of a chunk. On an H200 the GEMMs of a 2,048-row chunk of a 128k
-# vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB.
-_CHUNK_BYTES = {"cuda": 512 << 20}
+# vocabulary run at full speed: 13.7 ms for 4,096 rows frozen, with 512 MiB as with 1 GiB. The fewer rows, the
+# lower the peak, but the more often a trained head reads and writes its fp32 sum: 1,024 rows are two products' worth.
+_CHUNK_BYTES = {"cuda": 256 << 20}
 _CHUNK_BYTES_ELSEWHERE = 64 << 20
 _LEAST_ROWS, _ROW_TILE = 256, 128
+
+# An fp32 sum of as many bytes becomes the 16-bit gradient of the weight where it lies, so that both are never there
+# together: bytes, rows of the weight that a part is a multiple of, and elements that are rounded at a time.
+_IN_PLACE_BYTES, _PART_ROWS, _AT_A_TIME = 64 << 20, 64, 1 << 24
 
 # Optional per-row outputs. The statistics tensor [7, rows] holds log_prob, the maximum of z, log(sum(exp(z - maximum)))
 # and these. Maximum and log-sum are kept apart, as adding them would cost digits of every small log-probability.
@@ -412,6 +417,34 @@ _scaled_cast = register_op(
 )
 
 
+def _parts_of(weight: torch.Tensor, dtype: torch.dtype) -> list[slice]:
+    """The rows of the weight whose gradients are summed in one tensor of `dtype`: all, or a first part with room for
+    the whole gradient once it is rounded, and the rest."""
+    rows = weight.shape[0]
+    first = -(-rows // (2 * _PART_ROWS)) * _PART_ROWS
+    is_large = weight.numel() * dtype.itemsize >= _IN_PLACE_BYTES
+    if is_large and first < rows and 2 * weight.dtype.itemsize == dtype.itemsize:
+        return [slice(0, first), slice(first, rows)]
+    return [slice(0, rows)]
+
+
+def _narrow(parts: list[torch.Tensor], factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The parts, which are emptied, times `factor`, rounded once, in the memory of the first."""
+    first = parts.pop(0).view(-1)
+    out = first.view(like.dtype)[: like.numel()]
+    for start in range(0, first.numel(), _AT_A_TIME):
+        # What is written over has been read, by this turn or an earlier one.
+        piece = first[start : start + _AT_A_TIME]
+        out[start : start + piece.numel()] = _scaled_cast(piece, factor, like.dtype)
+    done = first.numel()
+    while parts:
+        rest = parts.pop(0).view(-1)
+        for piece in rest.split(_AT_A_TIME):
+            out[done : done + piece.numel()] = _scaled_cast(piece, factor, like.dtype)
+            done += piece.numel()
+    return out.view(like.shape)
+
+
 # ------------------------------------------------------------------------------------------------ GEMMs and chunks
 
 
@@ -465,19 +498,25 @@ class _Head:
 class _Gradients:
     """fp32 sums of the gradients of hidden, weight and bias over chunks; only those that are needed."""
 
-    def __init__(self, head: _Head, needs: tuple[bool, bool, bool]):
+    def __init__(self, head: _Head, needs: tuple[bool, bool, bool], weight: torch.Tensor):
         self._head = head
         self._needs = needs
         accumulate = _accumulate_dtype(head.hidden.dtype)
         self.hidden = head.hidden.new_empty(head.hidden.shape, dtype=accumulate) if needs[0] else None
-        self.weight: torch.Tensor | None = None
+        self._parts = _parts_of(weight, accumulate)
+        self.weight: list[torch.Tensor] = []
         self.bias: torch.Tensor | None = None
 
     def add(self, chunk: slice, grad_logits: torch.Tensor) -> None:
         if self.hidden is not None:
             self.hidden[chunk] = _accumulate(None, grad_logits, self._head.weight_of_gradient)
         if self._needs[1]:
-            self.weight = _accumulate(self.weight, grad_logits.t(), self._head.hidden[chunk])
+            before: list[Any] = self.weight or [None] * len(self._parts)
+            hidden = self._head.hidden[chunk]
+            self.weight = [
+                _accumulate(total, grad_logits[:, rows].t(), hidden)
+                for total, rows in zip(before, self._parts, strict=True)
+            ]
         if self._needs[2]:
             total = grad_logits.sum(0, dtype=_accumulate_dtype(grad_logits.dtype))
             self.bias = total if self.bias is None else self.bias.add_(total)
@@ -535,7 +574,7 @@ class _LinearLogProb(torch.autograd.Function):
         extras_bits = sum(map(_bit, outputs))
         with torch.autocast(device_type, enabled=False):
             head = _Head(hidden, weight, bias, dtype)
-            gradients = _Gradients(head, needs) if ahead else None
+            gradients = _Gradients(head, needs, weight) if ahead else None
             stats = head.hidden.new_empty((_STATISTICS, hidden.shape[0]), dtype=_accumulate_dtype(dtype))
             for chunk in head.chunks:
                 logits = head.logits(chunk)
@@ -575,7 +614,7 @@ class _LinearLogProb(torch.autograd.Function):
             shared = upstream[:1].squeeze(0) if len(upstream) else upstream.new_zeros(())
             return (
                 (grad_hidden * upstream[:, None]).to(hidden.dtype) if needs[0] else None,
-                _left_with(ctx.tie, _scaled(sums[0], shared, weight)) if needs[1] else None,
+                _left_with(ctx.tie, _weight_gradient(sums[0], shared, weight)) if needs[1] else None,
                 _scaled(sums[1], shared, bias) if needs[2] else None,
                 *nothing[3:],
             )
@@ -586,7 +625,7 @@ class _LinearLogProb(torch.autograd.Function):
             grad_entropy = grad_entropy.to(top.dtype).contiguous()
         with torch.autocast(device_kind(hidden.device), enabled=False):
             head = _Head(hidden, weight, bias, ctx.dtype)
-            gradients = _Gradients(head, needs)
+            gradients = _Gradients(head, needs, weight)
             for chunk in head.chunks:
                 logits = head.logits(chunk)
                 row_entropy_grad = None if grad_entropy is None else grad_entropy[chunk]
@@ -604,10 +643,17 @@ class _LinearLogProb(torch.autograd.Function):
         one = top.new_ones(())
         return (
             gradients.hidden.to(hidden.dtype) if gradients.hidden is not None else None,
-            _left_with(ctx.tie, _scaled(gradients.weight, one, weight)) if needs[1] else None,
+            _left_with(ctx.tie, _weight_gradient(gradients.weight, one, weight)) if needs[1] else None,
             _scaled(gradients.bias, one, bias) if needs[2] else None,
             *nothing[3:],
         )
+
+
+def _weight_gradient(parts: list[torch.Tensor], factor: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The sum over all chunks; `parts` is emptied."""
+    if len(parts) > 1:
+        return _narrow(parts, factor, weight)
+    return _scaled(parts.pop() if parts else None, factor, weight)
 
 
 def _scaled(total: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

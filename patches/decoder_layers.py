@@ -13,7 +13,8 @@ do not keep what the norm gave them, and neither do gate and up (`mlp.py`).
 Under autocast y has the 16 bits that all its readers would cast it to, where all are plain linear layers.
 
 Bodies (5.17 and 5.23 agree). Norms behind attention or MLP (Gemma 2 and 3, GLM 4) and multipliers and dropout
-(Granite, Phi-3) act before the addition, as calls of their own. OLMo 2 has no norm behind an addition.
+(Granite, Phi-3) act before the addition, as calls of their own. OLMo 2 has no norm behind an addition: only its
+projections are patched.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from .engine import (
     ClassSwap,
     Exactness,
     Finding,
+    Patch,
     forward_of,
     has_forward,
     has_hooks,
@@ -72,6 +74,7 @@ _FORWARDS = {
     ),  # Gemma 2 and 3
     "be17c4472206": _Body(after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm"),  # GLM 4
 }
+_POST_NORM = {"e2c6151b9ffa"}  # OLMo 2 and 3, EXAONE 4
 _FIRST_NORM = "input_layernorm"
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
@@ -207,6 +210,20 @@ def _reason(layer: nn.Module, body: _Body | None) -> str | None:
     return reason
 
 
+def _projection_patches(name: str, attention: Any) -> list[Patch]:
+    """For the projections of an attention, where all are plain linear layers of one input."""
+    members = _projections(attention)
+    if not all(map(linears.is_plain_linear, members)) or any(map(is_swapped, members)):
+        return []
+    if len({member.in_features for member in members}) != 1 or any(map(module_conflict, members)):
+        return []
+    swapped = same_name_subclass(nn.Linear, linears.make_forward)
+    patches: list[Patch] = [ClassSwap(f"linears:{name}", member, swapped) for member in members]
+    if len(members) > 1:
+        patches.append(lora.GroupPatch(f"qkv:{name}", members, linears.compute))
+    return patches
+
+
 def find(model: nn.Module) -> Finding:
     """Class swaps for every decoder layer whose forward is understood, and for its attention's projections."""
     finding = Finding("layers", "add_rms_norm, linears", Exactness.REASSOCIATED)
@@ -215,7 +232,16 @@ def find(model: nn.Module) -> Finding:
         if "DecoderLayer" not in cls.__name__ or not hasattr(cls, "forward"):
             continue
         finding.found += 1
-        body = _FORWARDS.get(fingerprint(forward_of(cls)) or "")
+        attention, known = layer._modules.get("self_attn"), fingerprint(forward_of(cls)) or ""
+        if known in _POST_NORM and attention is not None:
+            projections = _projection_patches(f"{name}.self_attn", attention)
+            finding.patches += projections
+            if projections or any(has_forward(each, linears.make_forward) for each in _projections(attention)):
+                finding.patched += 1
+            else:
+                finding.refuse("no norm behind an addition, and no plain projections")
+            continue
+        body = _FORWARDS.get(known)
         if body is not None and has_forward(layer, _make_forward_of(body)):
             finding.patched += 1
             continue
@@ -225,14 +251,5 @@ def find(model: nn.Module) -> Finding:
             continue
         finding.patched += 1
         finding.patches.append(ClassSwap(f"layers:{name}", layer, same_name_subclass(cls, _make_forward_of(body))))
-        attention: Any = layer._modules["self_attn"]
-        members = _projections(attention)
-        if not members or not all(map(linears.is_plain_linear, members)) or any(map(is_swapped, members)):
-            continue
-        if len({member.in_features for member in members}) > 1 or any(map(module_conflict, members)):
-            continue
-        swapped = same_name_subclass(nn.Linear, linears.make_forward)
-        finding.patches += [ClassSwap(f"linears:{name}.self_attn", member, swapped) for member in members]
-        if len(members) > 1:
-            finding.patches.append(lora.GroupPatch(f"qkv:{name}.self_attn", members, linears.compute))
+        finding.patches += _projection_patches(f"{name}.self_attn", attention)
     return finding

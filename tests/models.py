@@ -54,8 +54,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 # Families of which attention alone is looked at.
 ATTENTION = {"gpt-oss": ("gpt_oss", "GptOss", {**_EXPERTS, "sliding_window": 8, "attn_implementation": "eager"})}
 
-# Roles that hf_turbo leaves stock in a family: Cohere rotates in fp32 by a body of its own; experts are no MLP modules.
-STOCK_ROLES = {"cohere2": {"rope"}, "mixtral": {"mlp"}, "qwen3-moe": {"mlp"}}
+# Roles that hf_turbo leaves stock in a family: Cohere rotates in fp32 by a body of its own, and its layers have one
+# norm; experts are no MLP modules.
+STOCK_ROLES = {"cohere2": {"rope", "layers"}, "mixtral": {"mlp"}, "qwen3-moe": {"mlp"}}
 
 
 def tiny_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:

@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "hosts" / "scripts"
 PROGRAMS = Path(sysconfig.get_path("scripts"))
-ROLES = {"norms", "mlp", "rope", "loss", "padding"}
+ROLES = {"norms", "mlp", "layers", "rope", "loss", "padding"}
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def assert_same(before: dict[str, object], after: dict[str, object]) -> None:
 def rows_of(*roles: str) -> dict[str, object]:
     """The latest row of each role."""
     rows = {row.role: row for row in hf_turbo.report().rows}
-    return {role: rows[role] for role in roles or ("norms", "mlp", "rope", "loss")}
+    return {role: rows[role] for role in roles or ("norms", "mlp", "layers", "rope", "loss")}
 
 
 def trainer(tmp_path, model, **kwargs):
@@ -169,7 +169,7 @@ def test_coverage_does_not_depend_on_the_order(tmp_path, when):
     hf_turbo.enable()
     runner.train()
     rows = {role: (row.patched, row.found) for role, row in rows_of().items()}
-    assert rows == {"norms": (5, 5), "mlp": (2, 2), "rope": (2, 2), "loss": (1, 1)}
+    assert rows == {"norms": (5, 5), "mlp": (2, 2), "layers": (2, 2), "rope": (2, 2), "loss": (1, 1)}
 
 
 def test_trainer_run_is_as_stock_and_leaves_a_report(tmp_path):
@@ -273,8 +273,8 @@ def test_accelerate_loop_is_patched_at_prepare():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     hf_turbo.enable()
     prepared, optimizer = Accelerator(cpu=True).prepare(model, optimizer)
-    rows = rows_of("norms", "mlp", "rope", "loss", "optimizer")
-    assert [row.patched for row in rows.values()] == [5, 2, 2, 0, 0]
+    rows = rows_of("norms", "mlp", "layers", "rope", "loss", "optimizer")
+    assert [row.patched for row in rows.values()] == [5, 2, 2, 2, 0, 0]
     assert "after the step" in rows["loss"].reason
     assert "SGD" in rows["optimizer"].model
     prepared(**batch()).loss.backward()

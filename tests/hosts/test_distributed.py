@@ -127,6 +127,7 @@ def test_trainer_under_ddp(tmp_path):
         assert result["report"]["turbo"] == {
             "norms": (9, 9),
             "mlp": (2, 2),
+            "layers": (2, 2),
             "rope": (2, 2),
             "loss": (1, 1),
             "padding": (1, 1),

@@ -200,7 +200,7 @@ def test_sft_subclass_with_a_loss_of_its_own(seam_calls, tmp_path):
 def test_sft_with_a_frozen_head(loss_type, seam_calls, tmp_path):
     lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_dropout=0.0, task_type="CAUSAL_LM")
     turbo = compare(lambda folder: make_sft(folder, peft=lora, loss_type=loss_type), tmp_path)
-    assert turbo.patched == {"norms": 5, "mlp": 2, "rope": 2, "lora": 4, "padding": 1, "loss": 1}
+    assert turbo.patched == {"norms": 5, "mlp": 2, "layers": 2, "rope": 2, "lora": 4, "padding": 1, "loss": 1}
     assert len(seam_calls) == 2
 
 

@@ -331,6 +331,34 @@ def test_ops_are_well_formed(device):
         torch.library.opcheck(op, values, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("differs", [False, True], ids=["one upstream gradient", "one a row"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradient_of_the_weight_is_rounded_in_place(device, monkeypatch, dtype, differs):
+    """As from a sum of its own, in the memory of its first part: 192 of 301 rows, in 32 bits."""
+    inputs, labels = operands(device, dtype, 40, 48, 301, bias=True, frozen=False)
+    inputs = {name: value.detach() if value is not None else None for name, value in inputs.items()}
+
+    def gradient() -> torch.Tensor:
+        weight = inputs["weight"].clone().requires_grad_()
+        log_prob = linear_log_prob(inputs["hidden"], weight, labels.clamp(min=0), inputs["bias"], uniform=not differs)[
+            0
+        ]
+        upstream = torch.linspace(0.1, 1.0, len(log_prob), device=device) if differs else torch.full_like(log_prob, 0.3)
+        log_prob.backward(upstream.to(log_prob.dtype))
+        return weight.grad
+
+    expected = gradient()
+    monkeypatch.setattr(module, "_IN_PLACE_BYTES", 0)
+    monkeypatch.setattr(module, "_AT_A_TIME", 1000)
+    actual = gradient()
+    if device.type == "cuda":  # where products of other shapes may sum in another order
+        torch.testing.assert_close(actual, expected)
+    else:
+        assert torch.equal(actual, expected)
+    assert actual.is_contiguous()
+    assert actual.untyped_storage().nbytes() == (301 if dtype == torch.float32 else 192) * 48 * 4
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_real_shape(cuda, monkeypatch, frozen):

@@ -59,7 +59,7 @@ def turbo_run(model: nn.Module, inputs: dict[str, Any], autocast: bool = False) 
 
 def patched(model: nn.Module, *roles: str) -> Any:
     wanted = roles or ("lora",)
-    options = {role: "auto" if role in wanted else False for role in ("norms", "mlp", "rope", "loss", "lora")}
+    options = {role: "auto" if role in wanted else False for role in ("norms", "mlp", "layers", "rope", "loss", "lora")}
     return hf_turbo.patch_model(model, **options)
 
 

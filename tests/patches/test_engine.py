@@ -101,6 +101,64 @@ def test_revert_leaves_a_class_that_changed_since(live):
     engine.switch(True)
 
 
+def make_quadruple(stock):
+    def forward(self, *args, **kwargs):
+        return 4 * args[0] if engine.is_live() else stock(self, *args, **kwargs)
+
+    return forward
+
+
+NAMED = property(lambda self: "named")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_swaps_of_one_module_stack_and_are_reverted_in_any_order(live, made, first):
+    """Two roles patch one layer: its forward, and an attribute that checkpointing asks for."""
+    module = Doubler()
+
+    def forward_swap():
+        return ClassSwap("forward", module, same_name_subclass(engine.stock_class(module), make_triple))
+
+    def property_swap():
+        return ClassSwap("property", module, same_name_subclass(engine.stock_class(module), name=NAMED))
+
+    patches = [forward_swap(), property_swap()] if made == "before" else []
+    if not patches:
+        patches.append(forward_swap())
+        patches[0].apply()
+        patches.append(property_swap())
+    else:
+        patches[0].apply()
+    patches[1].apply()
+    assert (module(1), module.name) == (3, "named")
+    assert engine.stock_class(module) is Doubler
+    assert engine.has_forward(module, make_triple)
+    assert not engine.has_forward(module, make_quadruple)
+    assert type(copy.deepcopy(module)) is type(pickle.loads(pickle.dumps(module))) is Doubler
+    assert patches[first].revert()
+    assert module(1) == (2 if first == 0 else 3)
+    assert hasattr(module, "name") == (first == 0)
+    assert not patches[first].revert()
+    assert patches[1 - first].revert()
+    assert type(module) is Doubler
+
+
+def test_two_forwards_stack(live):
+    """The outer one falls back to stock code, not to the inner one."""
+    module = Doubler()
+    inner, outer = swapped(module), ClassSwap("outer", module, same_name_subclass(Doubler, make_quadruple))
+    outer.apply()
+    assert module(1) == 4
+    assert inner.revert()
+    assert module(1) == 4
+    engine.switch(False)
+    assert module(1) == 2
+    engine.switch(True)
+    assert outer.revert()
+    assert type(module) is Doubler
+
+
 def test_a_patch_keeps_no_model_alive(live):
     import gc
     import weakref

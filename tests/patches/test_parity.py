@@ -26,6 +26,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_turbo.patches import decoder_layers as layer_patches
 from hf_turbo.patches import head as head_patches
 from hf_turbo.patches import mlp as mlp_patches
 from hf_turbo.patches import norms as norm_patches
@@ -35,7 +36,7 @@ from transformers import PreTrainedModel
 import hf_turbo
 from tests.models import FAMILIES, STOCK_ROLES, batch, loss_and_gradients, reference64, tiny_model
 
-ROLES = ("norms", "mlp", "rope", "loss")
+ROLES = ("norms", "mlp", "layers", "rope", "loss")
 PRECISIONS = ("fp32", "bf16", "autocast")
 DRAWS = 10
 UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
@@ -66,7 +67,12 @@ Errors = dict[str, tuple[float, float]]
 
 
 def found_objects(family: str) -> dict[str, int]:
-    return {"norms": NORMS[family], "mlp": 0 if family in MIXTURES else 2, "rope": 2, "loss": 1}
+    return {"norms": NORMS[family], "mlp": 0 if family in MIXTURES else 2, "layers": 2, "rope": 2, "loss": 1}
+
+
+def norm_calls(family: str) -> int:
+    """Norms that run by themselves: not the two of each layer that a pre-norm layer fuses."""
+    return NORMS[family] - (0 if family in ("olmo2", "cohere2") else 4)
 
 
 @contextmanager
@@ -206,6 +212,7 @@ def test_what_is_patched_runs_fused(family, precision, monkeypatch):
     for role, module, names in (
         ("norms", norm_patches, ("rms_norm", "layer_norm")),
         ("mlp", mlp_patches, ("glu", "glu_packed", "glu_linear", "glu_packed_linear")),
+        ("layers", layer_patches, ("add_rms_norm",)),
         ("rope", rope_patches, ("rope",)),
         ("loss", head_patches, ("linear_cross_entropy",)),
     ):
@@ -215,7 +222,9 @@ def test_what_is_patched_runs_fused(family, precision, monkeypatch):
     with turbo(model):
         run(model, batch(), precision == "autocast")
     stock = STOCK_ROLES.get(family, set())
-    assert calls == {role: 0 if role in stock else n for role, n in found_objects(family).items()}
+    alone = norm_calls(family)
+    expected = {**found_objects(family), "norms": alone, "layers": NORMS[family] - alone}
+    assert calls == {role: 0 if role in stock else n for role, n in expected.items()}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -237,6 +246,7 @@ def test_losses(precision):
 ALONE = {
     "norms": ("llama", "olmo2", "gemma3", "cohere2"),
     "mlp": ("llama-bias", "gemma", "phi3"),
+    "layers": ("llama-bias", "gemma2", "phi3", "granite", "glm4", "mixtral", "olmo2"),
     "rope": ("llama", "phi3", "glm4", "olmo2"),
     "loss": ("llama-bias", "gemma2", "granite", "cohere2", "mixtral"),
 }
@@ -312,8 +322,10 @@ def test_checkpointing(family, use_reentrant, api, precision, monkeypatch):
     """Recomputed layers run fused as well, and give the bits that they gave without recomputation."""
     if not hasattr(PreTrainedModel, api):
         pytest.skip(f"this transformers has no {api} yet")
-    calls, op = [], norm_patches.rms_norm
-    monkeypatch.setattr(norm_patches, "rms_norm", lambda *args, **kwargs: calls.append(1) or op(*args, **kwargs))
+    calls = []
+    for module, name in ((norm_patches, "rms_norm"), (layer_patches, "add_rms_norm")):
+        op = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, op=op, **kwargs: calls.append(1) or op(*args, **kwargs))
     model = tiny_model(family, torch.bfloat16 if precision == "bf16" else torch.float32)
     with turbo(model):
         expected = {name: value.clone() for name, value in run(model, batch(), precision == "autocast").items()}
