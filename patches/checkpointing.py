@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention_seams, kept_attention, kept_layers, recomputation
+from . import attention_seams, kept_layers, recomputation
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
 from .varlen import Documents, NotUnderstood
