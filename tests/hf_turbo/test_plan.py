@@ -27,8 +27,8 @@ from workloads import MODELS, WORKLOADS
 GIB = 2**30
 H200 = round(139.8 * GIB)
 
-# Peaks in GiB, of benchmarks/RESULTS.md. None: all layers recomputed; a number: so many of the last kept, by a build that
-# kept whole layers alone; otherwise what a run keeps on a GPU of so many bytes.
+# Peaks in GiB, of benchmarks/RESULTS.md. None: all layers recomputed; a number: so many of the last kept, by a build
+# that kept whole layers alone; otherwise what a run keeps on a GPU of so many bytes.
 MEASURED = [
     ("llama1b-full", None, 15.88),  # Whole training runs, first row
     ("qwen3-4b-full", None, 25.76),  # Whole training runs, second row
