@@ -44,7 +44,7 @@ class _Place(NamedTuple):
     argument: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Kept(NamedTuple):

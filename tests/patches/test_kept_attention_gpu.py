@@ -43,11 +43,11 @@ def plan(monkeypatch) -> SimpleNamespace:
     return asked
 
 
-def dense(keeper: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    call = (
-        functools.partial(keeper.call, 512) if keeper else lambda operator, *args, **kwargs: operator(*args, **kwargs)
-    )
-    output = call(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=True)
+def dense(gqa: bool, keeper: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    if not gqa:
+        k, v = (each.repeat_interleave(HEADS // GROUPS, 1) for each in (k, v))
+    call = keeper.through(512) if keeper else lambda operator, *args, **kwargs: operator(*args, **kwargs)
+    output = call(scaled_dot_product_attention, q, k, v, is_causal=True, enable_gqa=gqa)
     return output.transpose(1, 2).flatten(2)
 
 
@@ -58,9 +58,10 @@ def by_documents(lengths: list[int], keeper: Any, q: Any, k: Any, v: Any, **opti
 
 
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "cudnn": (dense, SDPBackend.CUDNN_ATTENTION, {}),
-    "flash": (dense, SDPBackend.FLASH_ATTENTION, {}),
-    "by torch's choice": (dense, None, {}),
+    "cudnn": (functools.partial(dense, False), SDPBackend.CUDNN_ATTENTION, {}),
+    "flash": (functools.partial(dense, False), SDPBackend.FLASH_ATTENTION, {}),
+    "efficient": (functools.partial(dense, False), SDPBackend.EFFICIENT_ATTENTION, {}),
+    "by torch's choice": (functools.partial(dense, True), None, {}),
     "documents": (functools.partial(by_documents, [400, 24, 0, 600]), None, {}),
     "documents, a window": (functools.partial(by_documents, [400, 24, 600]), None, {"window": 50}),
     "documents of one length": (functools.partial(by_documents, [256] * 4), None, {}),
