@@ -197,7 +197,7 @@ def test_layers_kept_leave_the_optimizer_its_room():
     assert (free - 1.2 * (6 * GIB + footprint.WORKSPACES)) // GIB == 2
     assert footprint.layers_kept(whole, layers, 20 * GIB) == (2, ())
     assert footprint.layers_kept(whole, layers, 12 * GIB) == (0, ())
-    layers = [memory.Layer(GIB, GIB / 8, 1.0, 0.5)] * 20
+    layers = [memory.Layer(GIB, GIB / 16, 1.0, 0.75)] * 20
     assert footprint.layers_kept(whole, layers, 20 * GIB) == (0, tuple(range(20)))
 
 
