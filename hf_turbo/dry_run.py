@@ -12,7 +12,7 @@ import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_turbo.kernels.linear_cross_entropy import linear_log_prob
-from hf_turbo.patches import checkpointing, host_memory
+from hf_turbo.patches import checkpointing, host_memory, kept_attention, recomputation
 
 from .policies.footprint import Trained
 
@@ -63,12 +63,14 @@ class Step:
         parts: of what is live then, by where it was made: "forward", "loss", "backward", and there "gradients".
         kept: of each layer that is not recomputed, in the order of forward: what it keeps for backward, its input
             included, as kept_layers.py measures it; 0 of others.
+        attention: of these layers what attention's outputs are of it, and the FLOP of attention's forward.
         timeline: `parts` after every change, in order.
     """
 
     peak: int
     parts: dict[str, int]
     kept: list[int]
+    attention: list[tuple[int, float]]
     timeline: list[dict[str, int]]
 
 
@@ -273,8 +275,22 @@ class _Attention(torch.autograd.Function):
         return results
 
 
-def _attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any, **__: Any) -> Any:
-    return _Attention.apply(q, k, v).transpose(1, 2).contiguous(), None
+def _attention(
+    module: nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *_: Any,
+    sliding_window: int | None = None,
+    **__: Any,
+) -> Any:
+    keeper, length = kept_attention.current(), k.shape[2]
+    # With a window shorter than a row there is a mask, of which SDPA keeps a copy too large to be kept besides.
+    if keeper is None or (sliding_window or length) < length:
+        out = _Attention.apply(q, k, v)
+    else:
+        out = keeper.call(length, _Attention.apply, q, k, v)
+    return out.transpose(1, 2).contiguous(), None
 
 
 class _Input:
@@ -296,20 +312,31 @@ class _Layers:
     """How the decoder layers of a step are called: in place of transformers' checkpointing.
 
     Args:
-        recomputed: how many of the first are. offloaded: whether their inputs wait in host memory.
+        recomputed: how many of the first are. attended: the numbers of those that keep attention's outputs.
+        offloaded: whether their inputs wait in host memory.
         autocast: the context that a layer runs in.
 
     Attributes:
         kept: bytes that each layer keeps for backward; 0 where it is recomputed.
+        attention: bytes and FLOP of attention in these layers.
     """
 
-    def __init__(self, layers: list[Any], recomputed: int, offloaded: bool, autocast: Callable[[], Any]):
-        self._recomputed, self._offloaded, self._autocast = recomputed, offloaded, autocast
+    def __init__(
+        self,
+        layers: list[Any],
+        recomputed: int,
+        attended: Sequence[int],
+        offloaded: bool,
+        autocast: Callable[[], Any],
+    ):
+        self._offloaded, self._autocast = offloaded, autocast
         self._last: _Input | None = None
-        self.kept = [0] * len(layers)
+        self.kept, self.attention = [0] * len(layers), [(0, 0.0)] * len(layers)
         for place, layer in enumerate(layers):
             own = {each.untyped_storage()._cdata for each in (*layer.parameters(), *layer.buffers())}
-            call = self._recompute if place < recomputed else functools.partial(self._keep, place, own)
+            call = functools.partial(self._keep, place, own)
+            if place < recomputed:
+                call = functools.partial(self._recompute, place in attended)
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, call
 
     def _keep(self, place: int, own: set[int], function: Callable[..., Any], *args: Any) -> Any:
@@ -322,22 +349,31 @@ class _Layers:
                 saved[storage._cdata] = storage.nbytes()
             return tensor.detach()  # a node that holds its own output would never be freed
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        def unpack(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor
+
+        calls = kept_attention.Calls(keeps=False)
+        with saved_tensors_hooks(pack, unpack), kept_attention.recording(calls, pack, unpack, lambda: 0):
             output = function(*args)
-        self.kept[place] = sum(saved.values())
+        self.kept[place], self.attention[place] = sum(saved.values()), (calls.bytes, calls.flops)
         return output
 
-    def _recompute(self, function: Callable[..., Any], hidden_states: torch.Tensor, *args: Any) -> Any:
+    def _recompute(self, attended: bool, function: Callable[..., Any], hidden_states: torch.Tensor, *args: Any) -> Any:
         def run(*args: Any) -> Any:
             with self._autocast():
                 return function(*args)
 
         # Gradient accumulation holds on to leaves: embeddings made to require gradients.
         leaves = self._offloaded and not (hidden_states.is_leaf and hidden_states.requires_grad)
-        with self._on_the_way(hidden_states) if leaves else nullcontext():
+        hooks = self._on_the_way(hidden_states) if leaves else None
+        if attended:
+            stock, calls = functools.partial(checkpoint, preserve_rng_state=False), kept_attention.Calls(keeps=True)
+            call = recomputation.recompute_in_backward
+            return call(stock, run, (hidden_states, *args), torch.device("cpu"), hooks, calls=calls)
+        with nullcontext() if hooks is None else saved_tensors_hooks(*hooks):
             return checkpoint(run, hidden_states, *args, use_reentrant=False, preserve_rng_state=False)
 
-    def _on_the_way(self, hidden_states: torch.Tensor) -> saved_tensors_hooks:
+    def _on_the_way(self, hidden_states: torch.Tensor) -> recomputation.Hooks:
         """What host_memory.py does: the last inputs stay, the others leave and return one layer ahead of backward."""
         entry = self._last = _Input(hidden_states, self._last)
         leaving: _Input | None = entry
@@ -355,9 +391,7 @@ class _Layers:
             saved.tensor = None
             return tensor
 
-        return saved_tensors_hooks(
-            lambda tensor: entry if tensor.untyped_storage()._cdata == entry.key else tensor, unpack
-        )
+        return lambda tensor: entry if tensor.untyped_storage()._cdata == entry.key else tensor, unpack
 
 
 @contextmanager
@@ -390,12 +424,21 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
         torch.set_autocast_dtype("cuda", before[1])
 
 
-def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, offloaded: bool = False) -> Step:
+def step(
+    model: Any,
+    rows: int,
+    length: int,
+    *,
+    recomputed: int | None = None,
+    attended: Sequence[int] = (),
+    offloaded: bool = False,
+) -> Step:
     """Goes through one forward and backward pass of a model that is `patched`.
 
     Args:
         rows, length: of the batch, in tokens, without padding; every token has a label.
         recomputed: how many of the first layers are recomputed in backward; None without gradient checkpointing.
+        attended: the numbers of those whose attention is not.
         offloaded: whether their inputs wait in host memory.
 
     Raises:
@@ -415,7 +458,7 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
             hooks.append(tensor.register_post_accumulate_grad_hook(lambda each: ledger.move(each.grad, "gradients")))
     if is_adapted and recomputed is not None:
         model.enable_input_require_grads()  # as trainers do
-    calls = _Layers(layers, recomputed or 0, offloaded, lambda: _autocast(dtype))
+    calls = _Layers(layers, recomputed or 0, attended, offloaded, lambda: _autocast(dtype))
     try:
         with ledger:
             with _autocast(dtype):
@@ -445,4 +488,4 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
         if is_adapted and recomputed is not None:
             model.disable_input_require_grads()
         model.zero_grad(set_to_none=True)
-    return Step(ledger.peak, ledger.at_peak, calls.kept, timeline)
+    return Step(ledger.peak, ledger.at_peak, calls.kept, calls.attention, timeline)

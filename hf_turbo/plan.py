@@ -28,6 +28,8 @@ from .timeline import draw
 
 METHODS = ("full", "lora", "qlora")
 DTYPES = ("bfloat16", "float16", "float32")
+# All checkpointed layers recomputed.
+_NOTHING: memory.Kept = (0, ())
 # What is advised leaves at most this share of what is needed without it.
 WORTHWHILE = 0.99
 _GIB = 2**30
@@ -92,19 +94,19 @@ class Planner:
             and offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
         )
 
-    def step(self, run: Run, kept: int = 0) -> dry_run.Step:
-        """One step, with the last `kept` layers not recomputed if the run checkpoints."""
+    def step(self, run: Run, kept: memory.Kept = _NOTHING) -> dry_run.Step:
+        """One step, with so much kept of layers that are checkpointed."""
         model, _ = self.model(run)
-        recomputed = self.layers(run) - kept if run.checkpointing else None
-        key = id(model), run.batch, run.length, recomputed
+        whole, attended = kept if run.checkpointing else _NOTHING
+        recomputed = self.layers(run) - whole if run.checkpointing else None
+        key = id(model), run.batch, run.length, recomputed, attended
         if key not in self._steps:
+            options: dict[str, Any] = {"recomputed": recomputed, "attended": attended, "offloaded": self.offloads(run)}
             with dry_run.patched(model):
-                self._steps[key] = dry_run.step(
-                    model, run.batch, run.length, recomputed=recomputed, offloaded=self.offloads(run)
-                )
+                self._steps[key] = dry_run.step(model, run.batch, run.length, **options)
         return self._steps[key]
 
-    def footprint(self, run: Run, kept: int = 0) -> footprint.Footprint:
+    def footprint(self, run: Run, kept: memory.Kept = _NOTHING) -> footprint.Footprint:
         """What the run takes.
 
         Raises:
@@ -120,11 +122,23 @@ class Planner:
         """Bytes that each layer keeps for backward where it is not recomputed."""
         return self.step(dataclasses.replace(run, checkpointing=False)).kept
 
-    def layers_kept(self, run: Run, total: int) -> int:
-        """How many of a checkpointed run's layers need no recomputation on a GPU of `total` bytes."""
+    def layer_costs(self, run: Run) -> list[memory.Layer]:
+        """What each layer keeps and computes."""
+        step = self.step(dataclasses.replace(run, checkpointing=False))
+        layers = checkpointing.layers_of(self.model(run)[0]).values()
+        tokens = run.batch * run.length
+        return [
+            memory.layer(whole, attention or None, tokens * checkpointing.sizes_of(layer)[1], flops)
+            for layer, whole, (attention, flops) in zip(layers, step.kept, step.attention, strict=True)
+        ]
+
+    def layers_kept(self, run: Run, total: int) -> memory.Kept:
+        """How many of a checkpointed run's layers need no recomputation on a GPU of `total` bytes, and which none of
+        attention.
+        """
         if not run.checkpointing:
-            return self.layers(run)
-        return footprint.layers_kept(self.footprint(run), self.layer_sizes(run), total)
+            return self.layers(run), ()
+        return footprint.layers_kept(self.footprint(run), self.layer_costs(run), total)
 
     def longest(self, run: Run, total: int) -> int:
         """The longest context that fits, with checkpointing; 0 where none does."""
@@ -177,7 +191,7 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
     }
     fits = whole.needed <= total
     layers = planner.layers(run)
-    kept = planner.layers_kept(run, total) if fits else 0
+    kept = planner.layers_kept(run, total) if fits else _NOTHING
     largest = max(planner.layer_sizes(run))
     longest = planner.longest(run, total)
     at_longest = dataclasses.replace(run, length=longest, checkpointing=True)
@@ -192,8 +206,9 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
         "fits": fits,
         "bytes_per_token_and_layer": largest / (run.batch * run.length),
         "layers": layers,
-        "layers_not_recomputed": kept,
-        "peak_bytes_with_them": planner.footprint(run, kept if run.checkpointing else 0).peak,
+        "layers_not_recomputed": kept[0],
+        "layers_recomputed_without_attention": len(kept[1]),
+        "peak_bytes_with_them": planner.footprint(run, kept).peak,
         "host_bytes": _host_bytes(planner, run),
         "longest_context": longest,
         "host_bytes_at_longest_context": _host_bytes(planner, at_longest) if longest else 0,
@@ -261,8 +276,10 @@ def show(plan: dict[str, Any]) -> None:
     verdict = "fits" if fits else "does not fit"
     console.print(f"[{colour}]It {verdict} on a GPU of {_gib(total)} GiB.[/]")
     if fits and run["checkpointing"]:
+        attended = plan["layers_recomputed_without_attention"]
         console.print(
-            f"Of {plan['layers']} layers {plan['layers_not_recomputed']} need no recomputation there; in tensors it is "
+            f"Of {plan['layers']} layers {plan['layers_not_recomputed']} need no recomputation there"
+            f"{f', and {attended} none of attention' if attended else ''}; in tensors it is "
             f"{_gib(plan['peak_bytes_with_them'])} GiB then."
         )
     console.print(f"A layer that is not recomputed keeps {plan['bytes_per_token_and_layer'] / 1024:.1f} KiB a token.")

@@ -44,7 +44,7 @@ class _Place(NamedTuple):
     argument: int
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Kept(NamedTuple):
@@ -162,21 +162,24 @@ class _Recorder(_Keeper):
             self._calls.add(None)
             return operator(*args, **kwargs)
         arguments = _tensors(args, kwargs)
-        places = {each.untyped_storage()._cdata: number for number, each in reversed(list(enumerate(arguments)))}
-        slot, saved, packed = self._position(), list[_Place | _Kept](), 0
+        # Autograd holds on to `pack` as long as to what it packed: it must lead to no tensor.
+        places = {
+            (each.untyped_storage()._cdata, each.dtype): number for number, each in reversed(list(enumerate(arguments)))
+        }
+        slot, noted, pack_slot = self._position(), list[_Place | _Kept](), self._pack
 
         def pack(tensor: torch.Tensor) -> Any:
-            nonlocal packed
-            packed += 1
-            number = places.get(tensor.untyped_storage()._cdata)
-            if number is not None and tensor.dtype == arguments[number].dtype:
-                saved.append(_Place(number, tensor.shape, tensor.stride(), tensor.storage_offset()))
+            number = places.get((tensor.untyped_storage()._cdata, tensor.dtype))
+            if number is None:
+                noted.append(_Kept.of(tensor))
             else:
-                saved.append(_Kept.of(tensor))
-            return self._pack(tensor)
+                noted.append(_Place(number, tensor.shape, tensor.stride(), tensor.storage_offset()))
+            return pack_slot(tensor)
 
         with saved_tensors_hooks(pack, self._unpack):
             result = operator(*args, **kwargs)
+        saved = list(noted)
+        noted.clear()
         is_tuple = isinstance(result, tuple)
         output = result[0] if is_tuple else result
         kept = [each.tensor for each in saved if isinstance(each, _Kept)] + [output]

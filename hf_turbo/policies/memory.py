@@ -133,7 +133,8 @@ def what_to_keep(layers: Sequence[Layer], room: float, before: Kept = (0, ())) -
         if each.attention and each.attention_time > 0
     ]
     worth.sort(reverse=True)
-    best, most = (0, ()), 0.0
+    best: Kept = 0, ()
+    most = 0.0
     saved, left = 0.0, room
     for whole in range(layers_to_keep([each.whole for each in layers], room) + 1):
         if whole:

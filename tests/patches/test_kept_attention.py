@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -192,17 +193,20 @@ def attention(layer: torch.Tensor, weight: torch.Tensor) -> Callable[[torch.Tens
     """A layer of three projections, attention, and one of its output."""
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (x @ layer).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        product = x @ layer
+        q, k, v = product.unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
         keeper = kept_attention.current()
         called.append(keeper is not None)
         sdpa = torch.nn.functional.scaled_dot_product_attention
         y = sdpa(q, k, v, is_causal=True) if keeper is None else keeper.call(9, sdpa, q, k, v, is_causal=True)
+        storages.extend(weakref.ref(each.untyped_storage()) for each in (product, y))
         return (y.transpose(1, 2).flatten(2) @ weight).tanh()
 
     return run
 
 
 called: list[bool] = []
+storages: list[Any] = []  # of queries, keys and values, and of the output
 
 
 def region(keeps: bool = True, scale: float = 0.2) -> Any:
@@ -214,6 +218,7 @@ def region(keeps: bool = True, scale: float = 0.2) -> Any:
     function, calls = attention(layer, weight), kept_attention.Calls(keeps)
     stock: Any = SimpleNamespace(keywords={})
     called.clear()
+    storages.clear()
     y = checkpointing.recomputation.recompute_in_backward(
         stock, function, (x,), torch.device("cpu"), calls=calls, watch=None
     )
@@ -229,7 +234,7 @@ def test_backward_twice():
 
 
 def test_nothing_is_current_outside():
-    leaves, _, y, _ = region()
+    _, _, y, _ = region()
     assert kept_attention.current() is None
     y.sum().backward()
     assert called == [True, True]
@@ -263,7 +268,7 @@ def test_other_shapes_and_changed_outputs_run_again():
     expected = torch.autograd.grad(function(leaves[2]).sum(), leaves)
     (call,) = calls._calls
     assert call is not None
-    shape, *rest = call.arguments[0]
+    _, *rest = call.arguments[0]
     for other in (
         call._replace(slot=call.slot + 1),
         call._replace(operator=torch.add),
@@ -283,10 +288,16 @@ def test_other_shapes_and_changed_outputs_run_again():
     assert not torch.equal(torch.autograd.grad(y.sum(), leaves)[1], expected[1])
 
 
-def test_measuring_holds_nothing():
-    leaves, _, y, calls = region(keeps=False)
-    assert (calls._calls, calls.bytes) == ([None], 2 * 9 * (32 + 2) * 4)
+@pytest.mark.parametrize("keeps", [False, True])
+def test_queries_keys_and_values_are_not_held(keeps):
+    """While the layer waits for its backward; where attention is only measured, nor is anything else."""
+    _, _, y, calls = region(keeps)
+    assert [each() is not None for each in storages] == [False, keeps]
+    assert calls.bytes == 2 * 9 * (32 + 2) * 4
+    assert (calls._calls == [None]) != keeps
     y.sum().backward()
+    assert all(each() is None for each in storages)
+    assert calls._calls == [None]
 
 
 # ------------------------------------------------------------------------------------------------ what is left behind
