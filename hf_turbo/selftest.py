@@ -188,6 +188,17 @@ def _rms_norm_cases() -> Iterator[Case]:
     yield Case("Gemma", shapes, partial(kernel, weight_offset=1.0), partial(_rms_norm, offset=1.0))
 
 
+def _add_rms_norm_cases() -> Iterator[Case]:
+    kernel, norm = _kernel("add_rms_norm"), _kernel("add_rms_norm", "Norm")
+    shapes = {"residual": (48, 480), "branch": (48, 480), "weight": (480,)}
+
+    def eager(residual: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = residual + branch
+        return h, _rms_norm(h, weight, round_before_weight=True)
+
+    yield Case("Llama", shapes, partial(kernel, norm=norm(_EPS, round_before_weight=True)), eager)
+
+
 def _layer_norm_cases() -> Iterator[Case]:
     shapes = {"x": (48, 480), "weight": (480,), "bias": (480,)}
     yield Case("affine", shapes, partial(_kernel("layer_norm"), eps=_EPS), _layer_norm)
@@ -247,6 +258,7 @@ def _linear_cross_entropy_cases() -> Iterator[Case]:
 
 _CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "rms_norm": _rms_norm_cases,
+    "add_rms_norm": _add_rms_norm_cases,
     "layer_norm": _layer_norm_cases,
     "glu": _glu_cases,
     "rope": _rope_cases,
