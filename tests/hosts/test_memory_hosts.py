@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import hf_turbo
+from hf_turbo.policies import memory
 from tests.hosts.test_padding_hosts import PAIRS, ROWS
 from tests.models import tiny_model
 from tests.training import arguments, tokenizer
@@ -82,3 +84,15 @@ def test_no_memory_is_held_on_to(tmp_path, monkeypatch):
         trainer.train()
     assert len(counts) > 4
     assert max(counts[3:]) <= counts[2]
+
+
+@pytest.mark.newest
+def test_the_bits_of_recomputation_without_attention(tmp_path, monkeypatch):
+    """Of preference pairs in passes without padding, one layer kept whole and one without its attention."""
+    logs, weights, _ = run(make_dpo, tmp_path / "as_is", memory="as_is")
+    monkeypatch.setattr(memory, "what_to_keep", lambda layers, room, before: (1, (0,)))
+    other_logs, other_weights, report = run(make_dpo, tmp_path / "auto")
+    assert logs == other_logs
+    assert all(map(torch.equal, weights, other_weights))
+    (note,) = [note for note in report["notes"] if note.startswith("memory:")]
+    assert re.fullmatch(r"memory: (\d+)% of the .* needed no recomputation, \1% none of attention", note)
