@@ -57,7 +57,7 @@ def _activation(module: nn.Module | None) -> str | None:
     return None
 
 
-def _is_plain_linear(module: nn.Module, product: torch.Tensor) -> bool:
+def _is_plain_linear(module: Any, product: torch.Tensor) -> bool:
     """Whether calling `module` is F.linear of its parameters and nothing else, in a dtype the fused op takes."""
     if stock_class(module) is not nn.Linear or has_hooks(module) or not is_plain(module.weight, module.bias):
         return False

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import hf_turbo
 from hf_turbo.policies import memory
 from tests.models import switched_off, tiny_model
-from tests.training import arguments, one_thread, padded_rows
+from tests.training import arguments, compare, one_thread, padded_rows
 
 OPTIONS = switched_off("autocast")
 CAST = (torch.float32, torch.bfloat16)
@@ -114,6 +114,7 @@ def test_the_bits_of_stock(tmp_path, more):
     assert any("16-bit copies" in note for note in report.notes) == bool(own)
 
 
+@pytest.mark.newest
 def test_each_weight_is_cast_once_per_step(tmp_path):
     """Stock: in every forward, and again in every recomputation; the head is cast once per forward."""
     more = {**CHECKPOINTED, "gradient_accumulation_steps": 2}
@@ -131,6 +132,7 @@ def test_each_weight_is_cast_once_per_step(tmp_path):
     assert [step.inputs for step in ours.steps] == [2 * (2 * 2 * 2 + 1) + gradients] * 4
 
 
+@pytest.mark.newest
 def test_with_all_roles(tmp_path):
     """The gated MLP, the head and recomputation take the copies too; weights end where they do without them."""
     more = {**CHECKPOINTED, "gradient_accumulation_steps": 2}
@@ -163,6 +165,7 @@ class Evaluates(Trainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
 
+@pytest.mark.newest
 def test_weights_that_are_written_to_between_steps(tmp_path):
     more = {**CHECKPOINTED, "gradient_accumulation_steps": 2}
     stock = train(tmp_path, tiny_model("llama"), [Writes()], **more)
@@ -182,6 +185,7 @@ def adapted(is_16bit: bool) -> Any:
     return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj", "down_proj"]))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("is_16bit", [True, False])
 def test_frozen_weights_under_adapters(tmp_path, is_16bit):
     """Fused adapters take the copies; those of a 16-bit checkpoint stay. Nothing changes but the number of casts."""
@@ -212,6 +216,7 @@ def test_hooks_on_gradients_fire_as_ever(tmp_path):
     assert seen == {name: [torch.float32] * 6 for name, _ in model.named_parameters()}
 
 
+@pytest.mark.newest
 def test_a_tied_and_resized_vocabulary_and_frozen_parts(tmp_path):
     """Some weights in 16 bits, some frozen, biases; the head is the embedding, with rows added."""
 
@@ -433,3 +438,18 @@ def test_after_memory_ran_out_there_are_no_copies():
         with copies.training_step(True):
             assert low(copies, weight) is low(copies, weight) is None
     assert not copies.tighten()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path):
+    """By the rule for whole runs: gradients are rounded less often there. Memory is asked of the device."""
+
+    def make(folder: Path) -> Trainer:
+        more = {**CHECKPOINTED, "gradient_accumulation_steps": 2, "use_cpu": False, "bf16": True, "max_steps": 4}
+        args = TrainingArguments(**arguments(folder, **more))
+        return Trainer(model=tiny_model("llama"), args=args, train_dataset=padded_rows(0, 32))
+
+    run = compare(make, tmp_path, precision=torch.bfloat16, **switched_off("autocast", "report"))
+    assert run.patched["autocast"] == 14
+    assert any("16-bit copies" in note and "in 3 steps" in note for note in hf_turbo.report().notes)
