@@ -635,8 +635,8 @@ def concerns(model: nn.Module) -> bool:
 
 def expanded_bytes(model: nn.Module) -> int:
     """What the 4-bit weights of a model take when expanded."""
-    layers = (module.weight.quant_state for module in model.modules() if _is_4bit(module))  # type: ignore[union-attr]
-    return sum(math.prod(state.shape) * state.dtype.itemsize for state in layers if state is not None)
+    states: list[Any] = [getattr(module.weight, "quant_state", None) for module in model.modules() if _is_4bit(module)]
+    return sum(math.prod(state.shape) * state.dtype.itemsize for state in states if state is not None)
 
 
 def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
