@@ -628,6 +628,10 @@ class Static(NamedTuple):
         """The dtypes of the gradients that are needed, of all biases, all A, all B; None for the others."""
         return [dtype if need else None for dtype, need in zip(self.dtypes, needed, strict=True)]
 
+    def weight_of(self, dtype: torch.dtype, backward: bool) -> Callable[[int], torch.Tensor]:
+        """The dense matrices in `dtype`, by the number of their projection."""
+        return lambda i: dense(self.weights[i], self.expand[i], dtype, backward)
+
     def versions(self) -> list[int]:
         return [weight._version for weight, expand in zip(self.weights, self.expand, strict=True) if expand is None]
 
