@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_turbo.kernels.linear_cross_entropy import linear_log_prob
-from hf_turbo.patches import checkpointing, host_memory
+from hf_turbo.patches import checkpointing, host_memory, tiling
 
 from .policies.footprint import Trained
 
@@ -294,20 +294,22 @@ class _Layers:
     """How the decoder layers of a step are called: in place of transformers' checkpointing.
 
     Args:
-        recomputed: how many of the first are. offloaded: whether their inputs wait in host memory.
+        recomputed: how many of the first are; None without checkpointing. offloaded: whether their inputs wait in host
+            memory.
         autocast: the context that a layer runs in.
 
     Attributes:
         kept: bytes that each layer keeps for backward; 0 where it is recomputed.
     """
 
-    def __init__(self, layers: list[Any], recomputed: int, offloaded: bool, autocast: Callable[[], Any]):
-        self._recomputed, self._offloaded, self._autocast = recomputed, offloaded, autocast
+    def __init__(self, layers: list[Any], recomputed: int | None, offloaded: bool, autocast: Callable[[], Any]):
+        self._offloaded, self._autocast = offloaded, autocast
+        self._tiles = tiling.not_checkpointed if recomputed is None else tiling.keeping
         self._last: _Input | None = None
         self.kept = [0] * len(layers)
         for place, layer in enumerate(layers):
             own = {each.untyped_storage()._cdata for each in (*layer.parameters(), *layer.buffers())}
-            call = self._recompute if place < recomputed else functools.partial(self._keep, place, own)
+            call = self._recompute if place < (recomputed or 0) else functools.partial(self._keep, place, own)
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, call
 
     def _keep(self, place: int, own: set[int], function: Callable[..., Any], *args: Any) -> Any:
@@ -320,7 +322,7 @@ class _Layers:
                 saved[storage._cdata] = storage.nbytes()
             return tensor.detach()  # a node that holds its own output would never be freed
 
-        with saved_tensors_hooks(pack, lambda tensor: tensor):
+        with saved_tensors_hooks(pack, lambda tensor: tensor), self._tiles():
             output = function(*args)
         self.kept[place] = sum(saved.values())
         return output
@@ -359,14 +361,18 @@ class _Layers:
 
 
 @contextmanager
-def patched(model: Any) -> Iterator[None]:
-    """The model under hf_turbo, for the length of a `with` block. What changes no memory, or is done here, is off."""
+def patched(model: Any, memory: str = "as_is") -> Iterator[None]:
+    """The model under hf_turbo, for the length of a `with` block. What changes no memory, or is done here, is off.
+
+    Args:
+        memory: the option of this name, for what it says of the layers' insides.
+    """
     from transformers import AttentionInterface
 
     import hf_turbo
 
     off = ("padding", "merging", "graphs", "checkpointing", "offload", "optimizer", "host", "loss", "metrics", "report")
-    options: dict[str, Any] = {**dict.fromkeys(off, False), "memory": "as_is"}
+    options: dict[str, Any] = {**dict.fromkeys(off, False), "memory": memory}
     AttentionInterface.register(_ATTENTION, _attention)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal.config._attn_implementation == "sdpa":
@@ -414,7 +420,7 @@ def step(model: Any, rows: int, length: int, *, recomputed: int | None = None, o
             hooks.append(tensor.register_post_accumulate_grad_hook(lambda each: ledger.move(each.grad, "gradients")))
     if is_adapted and recomputed is not None:
         model.enable_input_require_grads()  # as trainers do
-    calls = _Layers(layers, recomputed or 0, offloaded, lambda: _autocast(dtype))
+    calls = _Layers(layers, recomputed, offloaded, lambda: _autocast(dtype))
     try:
         with ledger:
             with _autocast(dtype):

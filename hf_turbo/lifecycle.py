@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hf_turbo.patches.agreement import Agreement
     from hf_turbo.patches.engine import Finding, Patch
     from hf_turbo.patches.imports import ImportHooks
+    from hf_turbo.patches.tiling import Tiling
 
     from .metrics import MetricsCallback
     from .training import Training
@@ -100,7 +101,7 @@ class _Activation:
                 loss_conflict = trainer_patches.loss_conflict(trainer)
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
             "norms": (lambda: norms.find(model), conflict),
-            "mlp": (lambda: mlp.find(model), conflict),
+            "mlp": (lambda: mlp.find(model, self._tiling()), conflict),
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
@@ -158,6 +159,16 @@ class _Activation:
                 self._merging.add(model)
         self.report.models[id(model)] = rows
         self._met.add(model)
+
+    def _tiling(self) -> Tiling:
+        """Which passes have their MLPs computed by tiles of rows."""
+        from hf_turbo.patches.tiling import Tiling
+
+        from .policies import tiling
+
+        choice = self.config.memory
+        plan = lambda tokens, width, recomputed: tiling.rows(tokens, width, recomputed, choice)  # noqa: E731
+        return Tiling(plan, by_calls=choice == "min_memory")
 
     def _sharing_conflict(self, role: str, model: nn.Module, trainer: Any) -> str | None:
         """Why micro-batches do not share work in this training, or None."""

@@ -41,6 +41,7 @@ class Run:
     Attributes:
         method: full, lora or qlora. batch: rows of a micro-batch. length: tokens of a row. rank: of the adapters.
         dtype: of the weights. optim: as in TrainingArguments. checkpointing: of every layer.
+        memory: the option of hf_turbo.
     """
 
     method: str
@@ -50,6 +51,7 @@ class Run:
     dtype: str = "bfloat16"
     optim: str = "adamw_torch_fused"
     checkpointing: bool = True
+    memory: memory.Choice = "auto"
 
 
 class Planner:
@@ -96,9 +98,9 @@ class Planner:
         """One step, with the last `kept` layers not recomputed if the run checkpoints."""
         model, _ = self.model(run)
         recomputed = self.layers(run) - kept if run.checkpointing else None
-        key = id(model), run.batch, run.length, recomputed
+        key = id(model), run.batch, run.length, recomputed, run.memory
         if key not in self._steps:
-            with dry_run.patched(model):
+            with dry_run.patched(model, run.memory):
                 self._steps[key] = dry_run.step(
                     model, run.batch, run.length, recomputed=recomputed, offloaded=self.offloads(run)
                 )

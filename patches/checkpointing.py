@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import kept_layers, recomputation
+from . import kept_layers, recomputation, tiling
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
 
@@ -83,7 +83,8 @@ def _checkpoint(
     if place is not None and recomputed and _may_keep(stock):
         stack, index = place
         if stack.keeps(index, hidden_states):
-            return function(*args)
+            with tiling.keeping():
+                return function(*args)
         watch = stack.watch(index, hidden_states)
     hooks = None
     if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):

@@ -223,10 +223,10 @@ def test_dropout(device, low, layers, monkeypatch):
         drawn.append(kept)
         return stock_dropout(x, dropout, seed)
 
-    monkeypatch.setattr(lora, "_lora_dropout", watched)
     torch.manual_seed(3)
-    run = outputs_and_gradients(tiled_lora(layers, rows=rows, low=FP32), inputs)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "_lora_dropout", watched)
+        run = outputs_and_gradients(tiled_lora(layers, rows=rows, low=FP32), inputs)
     torch.manual_seed(3)
     assert_same_bits(run, outputs_and_gradients(tiled_lora(layers, rows=rows, low=FP32, keep=True), inputs))
     # In forward, by tile, first those of x and then that of h.
