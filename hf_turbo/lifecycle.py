@@ -105,8 +105,12 @@ class _Activation:
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
+        scarce = self.config.memory == "min_memory"
         if self.config.lora is True or lora.concerns(model):
-            roles["lora"] = (lambda: lora.find(model, self.config.expanded_weights), conflict)
+            roles["lora"] = (
+                lambda: lora.find(model, self.config.expanded_weights, may_wait=not scarce),
+                conflict,
+            )
         if self.config.padding is True or (self.config.padding and padding.backbones(model)):
             device = _training_device(model, trainer, by_loop)
             against = None
@@ -122,6 +126,8 @@ class _Activation:
                     conflict or self._sharing_conflict("merging", model, trainer),
                 )
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
+        if scarce and not asked and model is not getattr(trainer, "ref_model", None):
+            self._add_checkpointing(model, conflict or (trainer and checkpointing.trainer_conflict(trainer)))
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         is_reference = model is getattr(trainer, "ref_model", None)
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
@@ -138,8 +144,9 @@ class _Activation:
         # Last: what is recorded rests on all the others.
         if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
             against = self._sharing_conflict("graphs", model, trainer)
-            if self.config.memory_budget is not None and self.config.graphs == "auto":
-                against = against or "recordings hold memory for good, and memory_budget is given"
+            if self.config.graphs == "auto" and (self.config.memory_budget is not None or scarce):
+                given = "memory='min_memory'" if scarce else "memory_budget is given"
+                against = against or f"recordings hold memory for good, and {given}"
             roles["graphs"] = (
                 lambda: padding.find_graphs(model, device_type=device.type, checkpointed=asked),
                 conflict or against,
@@ -159,6 +166,25 @@ class _Activation:
                 self._merging.add(model)
         self.report.models[id(model)] = rows
         self._met.add(model)
+
+    def _add_checkpointing(self, model: nn.Module, against: str | None) -> None:
+        """In little memory the layers of a model are recomputed, whether the script says so or not."""
+        from hf_turbo.patches.checkpointing import Added, layers_of
+
+        if any(layer.gradient_checkpointing for layer in layers_of(model).values()):
+            return
+        name = _model_name(model)
+        if against is None and not Added.can_apply(model):
+            against = "transformers does not checkpoint this model"
+        if against is not None:
+            self.report.notes.append(f"memory='min_memory': no gradient checkpointing of {name}: {against}")
+            return
+        added = Added(model)
+        added.apply()
+        self._patches.append(added)
+        self.report.notes.append(
+            f"memory='min_memory': gradient checkpointing of {name}, which the script did not ask for"
+        )
 
     def _tiling(self) -> Tiling:
         """Which passes have their MLPs computed by tiles of rows."""
@@ -185,8 +211,8 @@ class _Activation:
         """Why checkpointed layers are recomputed whatever memory is free, or None."""
         from hf_turbo.patches import trainer as trainer_patches
 
-        if self.config.memory == "as_is":
-            return "memory='as_is'"
+        if self.config.memory in ("as_is", "min_memory"):
+            return f"memory={self.config.memory!r}"
         kind = trainer_patches.gathers_weights(trainer)
         return kind and f"{kind} gathers weights at every pass"
 
@@ -231,7 +257,7 @@ class _Activation:
             return None
 
         def why_not(bytes_per_token: int, flops_per_token: float) -> str | None:
-            if choice != "auto":
+            if choice != "auto" or self.config.memory == "min_memory":
                 return None
             speeds = peak_flops(device), host_memory.link_speed(device)
             return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
@@ -260,7 +286,7 @@ class _Activation:
         fixed = self.config.max_tokens_per_pass
 
         def plan(tokens: list[int], worst: int, kept_per_token: float | None, may_share: bool) -> list[int]:
-            limit = fixed
+            limit = worst if fixed is None and self.config.memory == "min_memory" else fixed
             if limit is None:
                 free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
                 limit = batching.token_limit(worst, kept_per_token, free)

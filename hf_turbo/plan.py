@@ -41,7 +41,7 @@ class Run:
     Attributes:
         method: full, lora or qlora. batch: rows of a micro-batch. length: tokens of a row. rank: of the adapters.
         dtype: of the weights. optim: as in TrainingArguments. checkpointing: of every layer.
-        memory: the option of hf_turbo.
+        memory: the option of hf_turbo. "min_memory" adds checkpointing.
     """
 
     method: str
@@ -52,6 +52,10 @@ class Run:
     optim: str = "adamw_torch_fused"
     checkpointing: bool = True
     memory: memory.Choice = "auto"
+
+    def __post_init__(self) -> None:
+        if self.memory == "min_memory":
+            object.__setattr__(self, "checkpointing", True)
 
 
 class Planner:
@@ -88,11 +92,11 @@ class Planner:
         if layer is None or not run.checkpointing:
             return False
         bytes_per_token, flops_per_token = checkpointing.sizes_of(layer)
+        if run.batch * run.length * bytes_per_token < checkpointing.MIN_BYTES:
+            return False
         speeds = footprint.ASSUMED_FLOPS, footprint.ASSUMED_LINK
-        return (
-            run.batch * run.length * bytes_per_token >= checkpointing.MIN_BYTES
-            and offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
-        )
+        hides = offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
+        return hides or run.memory == "min_memory"
 
     def step(self, run: Run, kept: int = 0) -> dry_run.Step:
         """One step, with the last `kept` layers not recomputed if the run checkpoints."""
@@ -120,13 +124,13 @@ class Planner:
 
     def layer_sizes(self, run: Run) -> list[int]:
         """Bytes that each layer keeps for backward where it is not recomputed."""
-        return self.step(dataclasses.replace(run, checkpointing=False)).kept
+        return self.step(dataclasses.replace(run, checkpointing=False, memory="auto")).kept
 
     def layers_kept(self, run: Run, total: int) -> int:
         """How many of a checkpointed run's layers need no recomputation on a GPU of `total` bytes."""
         if not run.checkpointing:
             return self.layers(run)
-        return footprint.layers_kept(self.footprint(run), self.layer_sizes(run), total)
+        return footprint.layers_kept(self.footprint(run), self.layer_sizes(run), total, run.memory)
 
     def longest(self, run: Run, total: int) -> int:
         """The longest context that fits, with checkpointing; 0 where none does."""
@@ -145,6 +149,8 @@ class Planner:
         if run.batch > 1:
             change = f"per_device_train_batch_size=1, gradient_accumulation_steps={run.batch}"
             changes.append((change, {"batch": 1}))
+        if run.memory != "min_memory":
+            changes.append(('memory="min_memory"', {"memory": "min_memory"}))
         changes += [(f'optim="{optim}"', {"optim": optim}) for optim in ("adamw_8bit", "paged_adamw_8bit")]
         changes += [(f"--method {method}", {"method": method}) for method in METHODS[METHODS.index(run.method) + 1 :]]
         advice = []
@@ -244,6 +250,8 @@ def show(plan: dict[str, Any]) -> None:
     run, total, fits = plan["run"], plan["gpu_bytes"], plan["fits"]
     settings = f"{run['method']}, {run['batch']} x {run['length']:,} tokens, {run['dtype']}, {run['optim']}, "
     settings += "with checkpointing" if run["checkpointing"] else "without checkpointing"
+    if run["memory"] != "auto":
+        settings += f", memory={run['memory']}"
     if run["method"] != "full":
         settings += f", rank {run['rank']}"
     table = Table(title=f"{plan['model']}: {settings}", title_justify="left")
@@ -262,7 +270,7 @@ def show(plan: dict[str, Any]) -> None:
     console.print(table)
     verdict = "fits" if fits else "does not fit"
     console.print(f"[{colour}]It {verdict} on a GPU of {_gib(total)} GiB.[/]")
-    if fits and run["checkpointing"]:
+    if fits and run["checkpointing"] and run["memory"] in memory.SHARE_OF_FREE_MEMORY:
         console.print(
             f"Of {plan['layers']} layers {plan['layers_not_recomputed']} need no recomputation there; in tensors it is "
             f"{_gib(plan['peak_bytes_with_them'])} GiB then."

@@ -29,6 +29,7 @@ from torch import nn
 from . import expanded_weights
 from .conflicts import module_conflict
 from .engine import (
+    AttributePatch,
     ClassSwap,
     Exactness,
     Finding,
@@ -618,11 +619,12 @@ def concerns(model: nn.Module) -> bool:
     return any(_is_adapter(module) or _is_4bit(module) for module in model.modules())
 
 
-def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
+def find(model: nn.Module, keep_expanded: bool = False, may_wait: bool = True) -> Finding:
     """Class swaps for LoRA layers and 4-bit layers, and the groups among them.
 
     Args:
         keep_expanded: keep 4-bit weights expanded for the whole training, at two bytes a weight.
+        may_wait: whether those that recomputation has expanded may wait for the layer's gradients.
     """
     finding = Finding("lora", "lora_linears, lora_gated_mlp", Exactness.REASSOCIATED)
     inside: set[nn.Module] = set()
@@ -659,6 +661,8 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
             finding.patches.append(_GroupPatch(f"qkv:{name}", members))
     if finding.patches:
         finding.patches.append(FULL_SUMS)
+    if finding.patches and not may_wait:
+        finding.patches.append(AttributePatch("lora:waiting", expanded_weights, "MOST_WAITING_BYTES", 0))
     return finding
 
 

@@ -80,7 +80,7 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if activation is None:
             return stock(self, x)
         projections = self.gate_proj, self.up_proj, self.down_proj
-        tile = tiling.tile_of(self, x, self.down_proj.in_features)
+        tile = tiling.tile_of(self, x)
         fused = lora.gated_mlp(projections, x, activation, tile)
         if fused is None and tile is not None:
             fused = _by_tiles(self, projections, x, activation, tile, stock)
@@ -102,7 +102,7 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if activation is None:
             return stock(self, hidden_states)
         projections = self.gate_up_proj, self.down_proj
-        tile = tiling.tile_of(self, hidden_states, self.down_proj.in_features)
+        tile = tiling.tile_of(self, hidden_states)
         fused = lora.gated_mlp(projections, hidden_states, activation, tile)
         if fused is None and tile is not None:
             fused = _by_tiles(self, projections, hidden_states, activation, tile, stock)
@@ -137,10 +137,11 @@ def _by_tiles(
         if torch.float64 in {each.dtype for each in (x, *weights, *biases) if each is not None} - {compute}:
             return None
         return tiled_mlp(x, weights, biases, activation, tile)
-    if not tiling.may_call(mlp):
+    features = getattr(projections[-1], "out_features", None)
+    if features is None or not tiling.may_call(mlp):
         return None
     trained = [each for each in mlp.parameters() if each.requires_grad]
-    return tiling.by_calls(functools.partial(stock, mlp), x, tile.rows, projections[-1].out_features, compute, trained)
+    return tiling.by_calls(functools.partial(stock, mlp), x, tile.rows, features, compute, trained)
 
 
 def find(model: nn.Module, tiled: tiling.Tiling | None = None) -> Finding:

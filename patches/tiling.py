@@ -91,14 +91,10 @@ def _passes_on(module: nn.Module | None) -> bool:
     return module is None or isinstance(module, nn.Identity) or (type(module) is nn.Dropout and module.p == 0)
 
 
-def tile_of(mlp: nn.Module, x: torch.Tensor, width: int) -> Tile | None:
-    """How this MLP computes `x`; None for all rows at once.
-
-    Args:
-        width: columns of gate.
-    """
-    place = _PLACES.get(mlp)
-    if place is None or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def tile_of(mlp: Any, x: torch.Tensor) -> Tile | None:
+    """How this MLP computes `x`; None for all rows at once."""
+    place, width = _PLACES.get(mlp), getattr(mlp.down_proj, "in_features", 0)
+    if place is None or not width or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     layer = None if place.layer is None else place.layer()
     rows = place.tiling.plan(x.numel() // x.shape[-1], width, place.is_last and _is_checkpointed(layer))

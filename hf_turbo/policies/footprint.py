@@ -109,18 +109,19 @@ class Footprint(NamedTuple):
         return round(self.peak * (1 + FRAGMENTATION)) + CONTEXT
 
 
-def layers_kept(of_recomputed: Footprint, sizes: Sequence[int], total: int) -> int:
-    """How many of the last checkpointed layers a run with `memory="auto"` does not recompute.
+def layers_kept(of_recomputed: Footprint, sizes: Sequence[int], total: int, choice: memory.Choice = "auto") -> int:
+    """How many of the last checkpointed layers a run does not recompute.
 
     Args:
         of_recomputed: the run with all layers recomputed.
         sizes: bytes that each layer keeps, in the order of forward.
         total: bytes of the GPU's memory.
+        choice: the option `memory`.
     """
     # As a run measures the rest: from the first pass to the second, so that states and workspaces are among it.
     rest = max(of_recomputed.in_pass, of_recomputed.gradients + of_recomputed.states) + WORKSPACES
     free = total - CONTEXT - of_recomputed.resident - WORKSPACES
-    return memory.layers_to_keep(sizes, memory.room(free, rest))
+    return memory.layers_to_keep(sizes, memory.room(free, rest, choice))
 
 
 def longest(fits: Callable[[int], bool], most: int) -> int:
