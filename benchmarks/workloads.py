@@ -234,6 +234,7 @@ WORKLOADS: dict[str, Workload] = {
         "llama-3.1-8b", batch_size=2, accumulation=4, **{**LORA, "lora_rank": 32}, **ALPACA
     ),
     "llama8b-qlora-32k": Workload("llama-3.1-8b", batch_size=1, median=32_768, nf4=True, checkpointing=True, **LORA),
+    "llama8b-qlora-131k": Workload("llama-3.1-8b", batch_size=1, median=131_072, nf4=True, checkpointing=True, **LORA),
     "llama1b-lora-packed-64k": Workload(
         "llama-3.2-1b", batch_size=1, packed=65_536, checkpointing=True, **LORA, **{**CHAT, "median": 1500, "cap": 8192}
     ),

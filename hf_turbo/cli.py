@@ -62,6 +62,12 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default=True,
         help="gradient checkpointing (default: with it)",
     )
+    parser.add_argument(
+        "--memory",
+        choices=("auto", "as_is", "max_speed", "min_memory"),
+        default="auto",
+        help="hf_turbo's option of this name; min_memory is with checkpointing (default: auto)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how memory fills in a step, such as step.png")
 
@@ -86,6 +92,7 @@ def plan(arguments: argparse.Namespace) -> int:
         arguments.dtype,
         arguments.optim,
         arguments.checkpointing,
+        arguments.memory,
     )
     return run(arguments.model, arguments.gpu, training, as_json=arguments.json, picture=arguments.plot)
 

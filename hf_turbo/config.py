@@ -52,7 +52,9 @@ class TurboConfig:
             memory.
         memory: what becomes of gradient checkpointing that the script asks for. "auto": layers are recomputed as far as
             memory is not plainly free, with the same bits either way; "max_speed": most of what is free is used;
-            "as_is": every layer is recomputed, as the script says.
+            "as_is": every layer is recomputed, as the script says; "min_memory": as little as can be had is taken: all
+            layers are recomputed, of scripts that do not checkpoint too, their inputs wait in host memory, MLPs are
+            computed by tiles of rows, and nothing is kept, recorded or shared for speed.
         memory_budget: the most that this process may hold in tensors on the device when layers need not be recomputed:
             "8GiB", or a share of the device's memory such as 0.6; None: what is free. It lowers nothing that the script
             takes with all layers recomputed.

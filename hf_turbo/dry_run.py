@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_turbo.kernels.linear_cross_entropy import linear_log_prob
-from hf_turbo.patches import checkpointing, host_memory, kept_attention, recomputation
+from hf_turbo.patches import checkpointing, host_memory, kept_attention, recomputation, tiling
 
 from .policies.footprint import Trained
 
@@ -312,8 +312,9 @@ class _Layers:
     """How the decoder layers of a step are called: in place of transformers' checkpointing.
 
     Args:
-        recomputed: how many of the first are. attended: the numbers of those that keep attention's outputs.
-        offloaded: whether their inputs wait in host memory.
+        recomputed: how many of the first are; None without checkpointing.
+        attended: the numbers of those that keep attention's outputs. offloaded: whether their inputs wait in host
+            memory.
         autocast: the context that a layer runs in.
 
     Attributes:
@@ -324,18 +325,19 @@ class _Layers:
     def __init__(
         self,
         layers: list[Any],
-        recomputed: int,
+        recomputed: int | None,
         attended: Sequence[int],
         offloaded: bool,
         autocast: Callable[[], Any],
     ):
         self._offloaded, self._autocast = offloaded, autocast
+        self._tiles = tiling.not_checkpointed if recomputed is None else tiling.keeping
         self._last: _Input | None = None
         self.kept, self.attention = [0] * len(layers), [(0, 0.0)] * len(layers)
         for place, layer in enumerate(layers):
             own = {each.untyped_storage()._cdata for each in (*layer.parameters(), *layer.buffers())}
             call = functools.partial(self._keep, place, own)
-            if place < recomputed:
+            if place < (recomputed or 0):
                 call = functools.partial(self._recompute, place in attended)
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, call
 
@@ -353,7 +355,11 @@ class _Layers:
             return tensor
 
         calls = kept_attention.Calls(keeps=False)
-        with saved_tensors_hooks(pack, unpack), kept_attention.recording(calls, pack, unpack, lambda: 0):
+        with (
+            saved_tensors_hooks(pack, unpack),
+            kept_attention.recording(calls, pack, unpack, lambda: 0),
+            self._tiles(),
+        ):
             output = function(*args)
         self.kept[place], self.attention[place] = sum(saved.values()), (calls.bytes, calls.flops)
         return output
@@ -395,13 +401,17 @@ class _Layers:
 
 
 @contextmanager
-def patched(model: Any) -> Iterator[None]:
-    """The model under hf_turbo, for the length of a `with` block."""
+def patched(model: Any, memory: str = "as_is") -> Iterator[None]:
+    """The model under hf_turbo, for the length of a `with` block. What changes no memory, or is done here, is off.
+
+    Args:
+        memory: the option of this name, for what it says of the layers' insides.
+    """
     from transformers import AttentionInterface
 
     import hf_turbo
 
-    options: dict[str, Any] = {**dict.fromkeys(_OFF, False), "memory": "as_is"}
+    options: dict[str, Any] = {**dict.fromkeys(_OFF, False), "memory": memory}
     AttentionInterface.register(_ATTENTION, _attention)
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal.config._attn_implementation == "sdpa":
@@ -458,7 +468,7 @@ def step(
             hooks.append(tensor.register_post_accumulate_grad_hook(lambda each: ledger.move(each.grad, "gradients")))
     if is_adapted and recomputed is not None:
         model.enable_input_require_grads()  # as trainers do
-    calls = _Layers(layers, recomputed or 0, attended, offloaded, lambda: _autocast(dtype))
+    calls = _Layers(layers, recomputed, attended, offloaded, lambda: _autocast(dtype))
     try:
         with ledger:
             with _autocast(dtype):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hf_turbo.patches.agreement import Agreement
     from hf_turbo.patches.engine import Finding, Patch
     from hf_turbo.patches.imports import ImportHooks
+    from hf_turbo.patches.tiling import Tiling
 
     from .metrics import MetricsCallback
     from .training import Training
@@ -114,14 +115,15 @@ class _Activation:
                 loss_conflict = trainer_patches.loss_conflict(trainer)
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
             "norms": (lambda: norms.find(model), conflict),
-            "mlp": (lambda: mlp.find(model), conflict),
+            "mlp": (lambda: mlp.find(model, self._tiling()), conflict),
             "layers": (lambda: decoder_layers.find(model), conflict),
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
+        scarce = self.config.memory == "min_memory"
         if self.config.lora is True or lora.concerns(model):
             expands = self._keeps_expanded(model, trainer, by_loop)
-            roles["lora"] = (lambda: lora.find(model, expands), conflict)
+            roles["lora"] = (lambda: lora.find(model, expands, may_wait=not scarce), conflict)
         is_reference = model is getattr(trainer, "ref_model", None)
         if self.config.embeddings is True or (not is_reference and embeddings.tied(model) is not None):
             roles["embeddings"] = (lambda: embeddings.find(model), conflict or embeddings.conflict(trainer))
@@ -143,6 +145,8 @@ class _Activation:
                     conflict or self._sharing_conflict("merging", model, trainer),
                 )
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
+        if scarce and not asked and not is_reference:
+            self._add_checkpointing(model, conflict or (trainer and checkpointing.trainer_conflict(trainer)))
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
             against = checkpointing.recomputation_conflict(trainer) if trainer is not None else None
@@ -158,8 +162,9 @@ class _Activation:
         # Last: what is recorded rests on all the others.
         if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
             against = self._sharing_conflict("graphs", model, trainer)
-            if self.config.memory_budget is not None and self.config.graphs == "auto":
-                against = against or "recordings hold memory for good, and memory_budget is given"
+            if self.config.graphs == "auto" and (self.config.memory_budget is not None or scarce):
+                given = "memory='min_memory'" if scarce else "memory_budget is given"
+                against = against or f"recordings hold memory for good, and {given}"
             roles["graphs"] = (
                 lambda: padding.find_graphs(model, device_type=device.type, checkpointed=asked),
                 conflict or against,
@@ -198,6 +203,35 @@ class _Activation:
         free = device_memory.free(_training_device(model, trainer, by_loop))
         return memory.keeps_expanded(lora.expanded_bytes(model), free, config.memory)
 
+    def _add_checkpointing(self, model: nn.Module, against: str | None) -> None:
+        """In little memory the layers of a model are recomputed, whether the script says so or not."""
+        from hf_turbo.patches.checkpointing import Added, layers_of
+
+        if any(layer.gradient_checkpointing for layer in layers_of(model).values()):
+            return
+        name = _model_name(model)
+        if against is None and not Added.can_apply(model):
+            against = "transformers does not checkpoint this model"
+        if against is not None:
+            self.report.notes.append(f"memory='min_memory': no gradient checkpointing of {name}: {against}")
+            return
+        added = Added(model)
+        added.apply()
+        self._patches.append(added)
+        self.report.notes.append(
+            f"memory='min_memory': gradient checkpointing of {name}, which the script did not ask for"
+        )
+
+    def _tiling(self) -> Tiling:
+        """Which passes have their MLPs computed by tiles of rows."""
+        from hf_turbo.patches.tiling import Tiling
+
+        from .policies import tiling
+
+        choice = self.config.memory
+        plan = lambda tokens, width, recomputed: tiling.rows(tokens, width, recomputed, choice)  # noqa: E731
+        return Tiling(plan, by_calls=choice == "min_memory")
+
     def _sharing_conflict(self, role: str, model: nn.Module, trainer: Any) -> str | None:
         """Why micro-batches do not share work in this training, or None."""
         from hf_turbo.patches import trainer as trainer_patches
@@ -213,8 +247,8 @@ class _Activation:
         """Why checkpointed layers are recomputed whatever memory is free, or None."""
         from hf_turbo.patches import trainer as trainer_patches
 
-        if self.config.memory == "as_is":
-            return "memory='as_is'"
+        if self.config.memory in ("as_is", "min_memory"):
+            return f"memory={self.config.memory!r}"
         kind = trainer_patches.gathers_weights(trainer)
         return kind and f"{kind} gathers weights at every pass"
 
@@ -257,6 +291,8 @@ class _Activation:
         budget = self.config.memory_budget
 
         def fits(size: int, rest: float | None, device: torch.device) -> bool:
+            if self.config.memory == "min_memory":
+                return False
             free, allocated = device_memory.free(device), device_memory.allocated(device)
             if free is None or allocated is None:
                 return budget is None and memory.copies_fit(size, host_memory.available() / _processes_on_host(), 0.0)
@@ -282,7 +318,7 @@ class _Activation:
             return None
 
         def why_not(bytes_per_token: int, flops_per_token: float) -> str | None:
-            if choice != "auto":
+            if choice != "auto" or self.config.memory == "min_memory":
                 return None
             speeds = peak_flops(device), host_memory.link_speed(device)
             return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
@@ -311,7 +347,7 @@ class _Activation:
         fixed = self.config.max_tokens_per_pass
 
         def plan(tokens: list[int], worst: int, kept_per_token: float | None, may_share: bool) -> list[int]:
-            limit = fixed
+            limit = worst if fixed is None and self.config.memory == "min_memory" else fixed
             if limit is None:
                 free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
                 limit = batching.token_limit(worst, kept_per_token, free)

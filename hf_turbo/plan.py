@@ -43,6 +43,7 @@ class Run:
     Attributes:
         method: full, lora or qlora. batch: rows of a micro-batch. length: tokens of a row. rank: of the adapters.
         dtype: of the weights. optim: as in TrainingArguments. checkpointing: of every layer.
+        memory: the option of hf_turbo. "min_memory" adds checkpointing.
     """
 
     method: str
@@ -52,6 +53,11 @@ class Run:
     dtype: str = "bfloat16"
     optim: str = "adamw_torch_fused"
     checkpointing: bool = True
+    memory: memory.Choice = "auto"
+
+    def __post_init__(self) -> None:
+        if self.memory == "min_memory":
+            object.__setattr__(self, "checkpointing", True)
 
 
 class Planner:
@@ -88,21 +94,21 @@ class Planner:
         if layer is None or not run.checkpointing:
             return False
         bytes_per_token, flops_per_token = checkpointing.sizes_of(layer)
+        if run.batch * run.length * bytes_per_token < checkpointing.MIN_BYTES:
+            return False
         speeds = footprint.ASSUMED_FLOPS, footprint.ASSUMED_LINK
-        return (
-            run.batch * run.length * bytes_per_token >= checkpointing.MIN_BYTES
-            and offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
-        )
+        hides = offloading.keep_on_device_reason(bytes_per_token, flops_per_token, *speeds) is None
+        return hides or run.memory == "min_memory"
 
     def step(self, run: Run, kept: memory.Kept = _NOTHING) -> dry_run.Step:
         """One step, with so much kept of layers that are checkpointed."""
         model, _ = self.model(run)
         whole, attended = kept if run.checkpointing else _NOTHING
         recomputed = self.layers(run) - whole if run.checkpointing else None
-        key = id(model), run.batch, run.length, recomputed, attended
+        key = id(model), run.batch, run.length, recomputed, attended, run.memory
         if key not in self._steps:
             options: dict[str, Any] = {"recomputed": recomputed, "attended": attended, "offloaded": self.offloads(run)}
-            with dry_run.patched(model):
+            with dry_run.patched(model, run.memory):
                 self._steps[key] = dry_run.step(model, run.batch, run.length, **options)
         return self._steps[key]
 
@@ -120,11 +126,11 @@ class Planner:
 
     def layer_sizes(self, run: Run) -> list[int]:
         """Bytes that each layer keeps for backward where it is not recomputed."""
-        return self.step(dataclasses.replace(run, checkpointing=False)).kept
+        return self.step(dataclasses.replace(run, checkpointing=False, memory="auto")).kept
 
     def layer_costs(self, run: Run) -> list[memory.Layer]:
         """What each layer keeps and computes."""
-        step = self.step(dataclasses.replace(run, checkpointing=False))
+        step = self.step(dataclasses.replace(run, checkpointing=False, memory="auto"))
         layers = checkpointing.layers_of(self.model(run)[0]).values()
         tokens = run.batch * run.length
         return [
@@ -138,7 +144,7 @@ class Planner:
         """
         if not run.checkpointing:
             return self.layers(run), ()
-        return footprint.layers_kept(self.footprint(run), self.layer_costs(run), total)
+        return footprint.layers_kept(self.footprint(run), self.layer_costs(run), total, run.memory)
 
     def longest(self, run: Run, total: int) -> int:
         """The longest context that fits, with checkpointing; 0 where none does."""
@@ -157,6 +163,8 @@ class Planner:
         if run.batch > 1:
             change = f"per_device_train_batch_size=1, gradient_accumulation_steps={run.batch}"
             changes.append((change, {"batch": 1}))
+        if run.memory != "min_memory":
+            changes.append(('memory="min_memory"', {"memory": "min_memory"}))
         changes += [(f'optim="{optim}"', {"optim": optim}) for optim in ("adamw_8bit", "paged_adamw_8bit")]
         changes += [(f"--method {method}", {"method": method}) for method in METHODS[METHODS.index(run.method) + 1 :]]
         advice = []
@@ -257,6 +265,8 @@ def show(plan: dict[str, Any]) -> None:
     run, total, fits = plan["run"], plan["gpu_bytes"], plan["fits"]
     settings = f"{run['method']}, {run['batch']} x {run['length']:,} tokens, {run['dtype']}, {run['optim']}, "
     settings += "with checkpointing" if run["checkpointing"] else "without checkpointing"
+    if run["memory"] != "auto":
+        settings += f", memory={run['memory']}"
     if run["method"] != "full":
         settings += f", rank {run['rank']}"
     table = Table(title=f"{plan['model']}: {settings}", title_justify="left")
@@ -275,7 +285,7 @@ def show(plan: dict[str, Any]) -> None:
     console.print(table)
     verdict = "fits" if fits else "does not fit"
     console.print(f"[{colour}]It {verdict} on a GPU of {_gib(total)} GiB.[/]")
-    if fits and run["checkpointing"]:
+    if fits and run["checkpointing"] and run["memory"] in memory.SHARE_OF_FREE_MEMORY:
         attended = plan["layers_recomputed_without_attention"]
         console.print(
             f"Of {plan['layers']} layers {plan['layers_not_recomputed']} need no recomputation there"

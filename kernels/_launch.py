@@ -108,7 +108,7 @@ _MOST_RUNNERS = 256  # batches of varying lengths have many grids
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, fp_fusion: bool = True, **meta: Any
+    kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, fp_fusion: Any = True, **meta: Any
 ) -> None:
     """Launches `kernel` on `device`, which need not be the current one (Triton launches on the current device).
 

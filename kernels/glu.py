@@ -337,12 +337,14 @@ def _backward_keep_h(
     return _gradients(dh, gate, up, activation, keep_h=True)
 
 
-_glu = register_op("glu(Tensor gate, Tensor? up, str activation, ScalarType dtype) -> Tensor", _forward, _empty_forward)
-_glu_backward = register_op(
+glu_forward = register_op(
+    "glu(Tensor gate, Tensor? up, str activation, ScalarType dtype) -> Tensor", _forward, _empty_forward
+)
+glu_backward = register_op(
     "glu_backward(Tensor dh, Tensor gate, Tensor? up, str activation) -> (Tensor, Tensor)", _backward, _empty_backward
 )
 # Overwrites dh, which the caller owns, with h: one [T, I] buffer less at the peak of the backward pass.
-_glu_backward_keep_h = register_op(
+glu_backward_keep_h_ = register_op(
     "glu_backward_keep_h(Tensor(a!) dh, Tensor gate, Tensor? up, str activation) -> (Tensor, Tensor)",
     _backward_keep_h,
     _empty_backward,
@@ -358,13 +360,13 @@ class _GLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-        return _glu(gate, up, activation, dtype)
+        return glu_forward(gate, up, activation, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = _glu_backward(dh, gate, up, ctx.activation)
+        dgate, dup = glu_backward(dh, gate, up, ctx.activation)
         return dgate, None if up is None else dup, None
 
 
@@ -382,7 +384,7 @@ class _GLULinear(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.activation = activation
-        return F.linear(_glu(gate, up, activation, weight.dtype), weight, bias)
+        return F.linear(glu_forward(gate, up, activation, weight.dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -395,12 +397,12 @@ class _GLULinear(torch.autograd.Function):
         if need_gate or need_up:
             dh = torch.mm(dy, weight).view(*gate.shape[:-1], width)
             if need_weight:
-                dgate, dup = _glu_backward_keep_h(dh, gate, up, ctx.activation)
+                dgate, dup = glu_backward_keep_h_(dh, gate, up, ctx.activation)
                 h = dh
             else:
-                dgate, dup = _glu_backward(dh, gate, up, ctx.activation)
+                dgate, dup = glu_backward(dh, gate, up, ctx.activation)
         elif need_weight:
-            h = _glu(gate, up, ctx.activation, weight.dtype)
+            h = glu_forward(gate, up, ctx.activation, weight.dtype)
         if h is not None:
             dweight = torch.mm(dy.t(), h.reshape(rows, width))
         dbias = dy.sum(0) if need_bias else None

@@ -457,7 +457,7 @@ def _chunks(n_rows: int, n_cols: int, itemsize: int, device: torch.device) -> li
     return [slice(start, min(start + rows, n_rows)) for start in range(0, n_rows, max(rows, 1))]
 
 
-def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """total + a @ b in fp32 without rounding the product to the inputs' dtype: rounding each chunk's product biases a
     sum over chunks. `total` None starts a sum (no zeros to write and read back)."""
     low_precision = a.dtype in (torch.bfloat16, torch.float16)
@@ -483,7 +483,7 @@ class _Head:
 
     @functools.cached_property
     def weight_of_gradient(self) -> torch.Tensor:
-        """The weight as `_accumulate` takes it: widened once where it would be for every chunk."""
+        """The weight as `accumulate` takes it: widened once where it would be for every chunk."""
         narrow = device_kind(self.weight.device) != "cuda" and self.weight.dtype in (torch.bfloat16, torch.float16)
         return self.weight.float() if narrow else self.weight
 
@@ -501,20 +501,20 @@ class _Gradients:
     def __init__(self, head: _Head, needs: tuple[bool, bool, bool], weight: torch.Tensor):
         self._head = head
         self._needs = needs
-        accumulate = _accumulate_dtype(head.hidden.dtype)
-        self.hidden = head.hidden.new_empty(head.hidden.shape, dtype=accumulate) if needs[0] else None
-        self._parts = _parts_of(weight, accumulate)
+        wide = _accumulate_dtype(head.hidden.dtype)
+        self.hidden = head.hidden.new_empty(head.hidden.shape, dtype=wide) if needs[0] else None
+        self._parts = _parts_of(weight, wide)
         self.weight: list[torch.Tensor] = []
         self.bias: torch.Tensor | None = None
 
     def add(self, chunk: slice, grad_logits: torch.Tensor) -> None:
         if self.hidden is not None:
-            self.hidden[chunk] = _accumulate(None, grad_logits, self._head.weight_of_gradient)
+            self.hidden[chunk] = accumulate(None, grad_logits, self._head.weight_of_gradient)
         if self._needs[1]:
             before: list[Any] = self.weight or [None] * len(self._parts)
             hidden = self._head.hidden[chunk]
             self.weight = [
-                _accumulate(total, grad_logits[:, rows].t(), hidden)
+                accumulate(total, grad_logits[:, rows].t(), hidden)
                 for total, rows in zip(before, self._parts, strict=True)
             ]
         if self._needs[2]:

@@ -22,8 +22,8 @@ Source: see glu.py and lora.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,12 +41,10 @@ from .lora import (
     add_low_rank,
     bias_gradient,
     check,
-    dense,
     linear,
     low_rank_add_,
     low_rank_gradients,
     low_rank_inputs,
-    product,
     rank_block,
     static_of,
     tensors_of,
@@ -355,6 +353,106 @@ def _parts(s: _Part, adapters: Adapters, width: int) -> tuple[_Part, _Part, _Par
     return s, b[:width], s, b[width:]
 
 
+# What follows is computed of all rows at once, or of a tile of them at a time (tiled_mlp.py). `weight(i)` gives the
+# dense matrix of projection i, and `seeds` holds one seed for each: of dropout, which there is in tiles only.
+
+Weight = Callable[[int], torch.Tensor]
+
+
+def hidden_of(
+    x: torch.Tensor, into: Adapters, weight: Weight, biases: Sequence[_Part], seeds: Sequence[int] = ()
+) -> tuple[torch.Tensor, _Part, _Part]:
+    """gate and up before their adapters, or both in one and None; and S of both."""
+    s = low_rank_inputs(x, into, seeds)
+    hidden = [linear(x, weight(i), bias, x.dtype) for i, bias in enumerate(biases)]
+    return hidden[0], hidden[1] if len(hidden) == 2 else None, s
+
+
+def product_of(gate: torch.Tensor, up: _Part, s: _Part, into: Adapters, activation: str) -> torch.Tensor:
+    """h."""
+    width = gate.shape[1] if up is not None else gate.shape[1] // 2
+    return _lora_glu(gate, up, *_parts(s, into, width), activation)
+
+
+class Gradients(NamedTuple):
+    """Of the input, and of the biases, all A and all B."""
+
+    x: _Part
+    biases: list[_Part]
+    a: list[_Part]
+    b: list[_Part]
+
+
+def gradients_of(
+    x: torch.Tensor,
+    hidden: tuple[torch.Tensor, _Part, _Part, _Part],
+    given: torch.Tensor,
+    adapters: Sequence[Adapters],
+    weight: Weight,
+    activation: str,
+    need_x: bool,
+    dtypes: Sequence[torch.dtype | None],
+    seeds: Sequence[int] = (),
+) -> Gradients:
+    """All gradients.
+
+    Args:
+        hidden: gate, up, S of both, and S_d.
+        given: the gradient of y.
+        dtypes: of the gradients of all biases, all A, all B; None for those that are not needed.
+    """
+    (gate, up, s, s_down), (into, down) = hidden, adapters
+    count = len(dtypes) // 3
+    bias_dtypes, a_dtypes, b_dtypes = (dtypes[i * count : (i + 1) * count] for i in range(3))
+    biases: list[_Part] = [None] * count
+    a: list[_Part] = [None] * count
+    b: list[_Part] = [None] * count
+
+    dy = given if given.dtype == x.dtype else given.to(x.dtype)
+    bias_dtype = bias_dtypes[-1]
+    if bias_dtype is not None:
+        biases[-1] = bias_gradient(dy, bias_dtype)
+    ds_down = None
+    if s_down is not None:
+        ds_down = torch.empty_like(s_down)
+        b_down = down.b[0]
+        assert b_down is not None
+        b[-1] = adapter_gradients(given, s_down, b_down, down.stack.scaling[0], ds_down, b_dtypes[-1])
+    dh = torch.mm(dy, weight(count - 1))
+    del dy, given
+    parts, drops = _parts(s, into, dh.shape[1]), ds_down is not None and down.stack.dropout[0] > 0
+    if drops:  # the kernel would have to draw the mask
+        assert ds_down is not None
+        add_input_gradient(dh, ds_down, down, seeds[-1:])
+    added = (None, None) if drops else (ds_down, down.a)
+    dgate, dup = _lora_glu_backward(dh, gate, up, *parts, *added, a_dtypes[-1] is not None, activation)
+    if ds_down is not None and a_dtypes[-1] is not None:
+        (a[-1],) = low_rank_gradients(dh, ds_down, a_dtypes[-1:], down.stack, seeds[-1:] or (0,))
+    del dh
+
+    dx, ds = None, None if s is None else torch.empty_like(s)
+    for i, dhidden in enumerate((dgate,) if up is None else (dgate, dup)):
+        bias_dtype = bias_dtypes[i]
+        if bias_dtype is not None:
+            biases[i] = bias_gradient(dhidden, bias_dtype)
+        b_i = into.b[i]
+        if b_i is not None:
+            assert s is not None
+            assert ds is not None
+            each = into.stack.columns[i]
+            b[i] = adapter_gradients(dhidden, s[:, each], b_i, into.stack.scaling[i], ds[:, each], b_dtypes[i])
+        if need_x:
+            dense_weight = weight(i)
+            dx = torch.mm(dhidden, dense_weight) if dx is None else dx.addmm_(dhidden, dense_weight)
+            del dense_weight
+    if ds is not None:
+        if any(a_dtypes[:-1]):
+            a[:-1] = low_rank_gradients(x, ds, a_dtypes[:-1], into.stack, seeds[:-1] or (0,) * (count - 1))
+        if dx is not None:
+            add_input_gradient(dx, ds, into, seeds[:-1])
+    return Gradients(dx, biases, a, b)
+
+
 # The product with Wd is a node of its own that saves nothing: all that the gradients need is saved by the node before.
 # Recomputation under non-reentrant checkpointing stops at the last saved tensor, and this product, the last of its
 # layer, is then not computed a second time. The two nodes are joined by `link`, an empty stand-in for y: the gradient
@@ -372,7 +470,7 @@ class _Down(torch.autograd.Function):
         bias: torch.Tensor | None,
         static: Static,
     ) -> torch.Tensor:
-        y = linear(h, dense(static.weights[-1], static.expand[-1], h.dtype, False), bias, static.out)
+        y = linear(h, static.weight_of(h.dtype, False)(-1), bias, static.out)
         if s_down is not None:
             low_rank_add_(y, s_down, b_down, 0.0, 0)
         return y.view(link.shape)
@@ -396,14 +494,8 @@ class _Hidden(torch.autograd.Function):
         x = x.reshape(-1, x.shape[-1])
         gathered = layout.gather(tensors[count : 2 * count], tensors[2 * count :])
         into, down = layout.adapters(gathered)
-        s = low_rank_inputs(x, into, ())
-        hidden = [
-            linear(x, dense(static.weights[i], static.expand[i], x.dtype, False), tensors[i], x.dtype)
-            for i in range(count - 1)
-        ]
-        gate, up = hidden if count == 3 else (hidden[0], None)
-        width = gate.shape[1] if count == 3 else gate.shape[1] // 2
-        h = _lora_glu(gate, up, *_parts(s, into, width), activation)
+        gate, up, s = hidden_of(x, into, static.weight_of(x.dtype, False), tensors[: count - 1])
+        h = product_of(gate, up, s, into, activation)
         s_down = low_rank_inputs(h, down, ())
         b_down = None if down.b[0] is None else down.b[0].detach()
         ctx.save_for_backward(x, gate, up, s, s_down, *gathered)
@@ -413,52 +505,20 @@ class _Hidden(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor, *_: None) -> tuple[Any, ...]:
-        static, count = ctx.static, len(ctx.static.weights)
+        static = ctx.static
         static.check(ctx.versions)
         x, gate, up, s, s_down, *gathered = ctx.saved_tensors
-        into, down = static.layout.adapters(gathered)
         need_x, _, _, _, *need = ctx.needs_input_grad
-        dtypes = static.wanted(need)
-        bias_dtypes, a_dtypes, b_dtypes = (dtypes[i * count : (i + 1) * count] for i in range(3))
-        biases: list[torch.Tensor | None] = [None] * count
-        a: list[torch.Tensor | None] = [None] * count
-        b: list[torch.Tensor | None] = [None] * count
-
-        given = dy.reshape(-1, dy.shape[-1])
-        dy = given if given.dtype == x.dtype else given.to(x.dtype)
-        if bias_dtypes[-1] is not None:
-            biases[-1] = bias_gradient(dy, bias_dtypes[-1])
-        ds_down = None
-        if s_down is not None:
-            ds_down = torch.empty_like(s_down)
-            b[-1] = adapter_gradients(given, s_down, down.b[0], down.stack.scaling[0], ds_down, b_dtypes[-1])
-        dh = torch.mm(dy, dense(static.weights[-1], static.expand[-1], x.dtype, True))
-        del dy, given
-        parts = _parts(s, into, dh.shape[1])
-        dgate, dup = _lora_glu_backward(dh, gate, up, *parts, ds_down, down.a, a_dtypes[-1] is not None, ctx.activation)
-        if ds_down is not None and a_dtypes[-1] is not None:
-            a[-1] = product(ds_down.t(), dh.to(static.low), a_dtypes[-1])
-        del dh
-
-        dx, ds = None, None if s is None else torch.empty_like(s)
-        for i, dhidden in enumerate((dgate,) if up is None else (dgate, dup)):
-            if bias_dtypes[i] is not None:
-                biases[i] = bias_gradient(dhidden, bias_dtypes[i])
-            b_i = into.b[i]
-            if b_i is not None:
-                assert s is not None
-                assert ds is not None
-                each = into.stack.columns[i]
-                b[i] = adapter_gradients(dhidden, s[:, each], b_i, into.stack.scaling[i], ds[:, each], b_dtypes[i])
-            if need_x:
-                weight = dense(static.weights[i], static.expand[i], x.dtype, True)
-                dx = torch.mm(dhidden, weight) if dx is None else dx.addmm_(dhidden, weight)
-                del weight
-        if ds is not None:
-            if any(a_dtypes[:-1]):
-                a[:-1] = low_rank_gradients(x, ds, a_dtypes[:-1], into.stack, (0,) * (count - 1))
-            if dx is not None:
-                add_input_gradient(dx, ds, into, ())
+        dx, biases, a, b = gradients_of(
+            x,
+            (gate, up, s, s_down),
+            dy.reshape(-1, dy.shape[-1]),
+            static.layout.adapters(gathered),
+            static.weight_of(x.dtype, True),
+            ctx.activation,
+            need_x,
+            static.wanted(need),
+        )
         return None if dx is None else dx.view(ctx.shape), None, None, None, *biases, *a, *b
 
 
@@ -483,6 +543,31 @@ def _inner_width(projections: tuple[Projection, ...]) -> int:
     return width // 2
 
 
+def checked(
+    width: int,
+    dtype: torch.dtype,
+    projections: tuple[Projection, ...],
+    activation: str,
+    low: torch.dtype | None,
+    out: torch.dtype | None,
+) -> tuple[Static, int]:
+    """What autograd need not see, and the columns of y. Raises for what does not fit an input of `width` columns."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if len(projections) not in (2, 3):
+        raise ValueError(f"gate, up and down, or gate_up and down; got {len(projections)} projections")
+    for projection in projections[:-1]:
+        check(width, projection)
+    check(_inner_width(projections), projections[-1])
+    down = projections[-1]
+    features = down.out_features
+    if down.b is not None or down.expand is None:
+        features = (down.weight if down.b is None else down.b).shape[0]
+    if features is None:
+        raise ValueError("a packed down projection without an adapter needs out_features")
+    return static_of(dtype, projections, low, out, (len(projections) - 1, 1)), features
+
+
 def gated_mlp_of(
     width: int,
     dtype: torch.dtype,
@@ -492,22 +577,10 @@ def gated_mlp_of(
     out: torch.dtype | None,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """`lora_gated_mlp` of inputs of one width and dtype: checked once, called many times."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if len(projections) not in (2, 3):
-        raise ValueError(f"gate, up and down, or gate_up and down; got {len(projections)} projections")
-    for projection in projections[:-1]:
-        check(width, projection)
-    check(_inner_width(projections), projections[-1])
     if any(projection.dropout for projection in projections):
-        raise ValueError("a gated MLP with dropout in its adapters must be computed projection by projection")
-    down, static = projections[-1], static_of(dtype, projections, low, out, (len(projections) - 1, 1))
-    features = down.out_features
-    if down.b is not None or down.expand is None:
-        features = (down.weight if down.b is None else down.b).shape[0]
-    if features is None:
-        raise ValueError("a packed down projection without an adapter needs out_features")
-    tensors = tensors_of(projections)
+        raise ValueError("a gated MLP with dropout in its adapters must be computed in tiles, or one by one")
+    static, features = checked(width, dtype, projections, activation, low, out)
+    down, tensors = projections[-1], tensors_of(projections)
 
     def gated_mlp(x: torch.Tensor) -> torch.Tensor:
         link, h, s_down, b_down = _Hidden.apply(x, activation, static, features, *tensors)

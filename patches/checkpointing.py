@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import attention_seams, kept_layers, recomputation
+from . import attention_seams, kept_layers, recomputation, tiling
 from .engine import ClassSwap, Exactness, Finding, Patch, is_live, is_plain, same_name_subclass, stock_class
 from .host_memory import Copies, CudaCopies, HostStore, fills_its_storage
 from .varlen import Documents, NotUnderstood
@@ -86,7 +86,8 @@ def _checkpoint(
         stack, index = place
         longest = _longest_document(function, hidden_states)
         if stack.keeps(index, hidden_states, longest):
-            return function(*args)
+            with tiling.keeping():
+                return function(*args)
         watch = stack.watch(index, hidden_states)
         calls = stack.calls(index, watch is not None)
     hooks = None

@@ -237,7 +237,7 @@ _Difference = tuple[MakeForward | None, dict[str, Any]]
 
 def _difference(ours: type) -> _Difference:
     """What `same_name_subclass` was given beside the base."""
-    return vars(ours)["_hf_turbo_difference"]  # type: ignore[no-any-return]
+    return vars(ours)["_hf_turbo_difference"]
 
 
 def _ours_of(cls: type) -> tuple[list[_Difference], type]:

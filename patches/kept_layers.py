@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import device_memory
+from . import device_memory, tiling
 from .engine import is_plain
 from .kept_attention import Calls
 
@@ -211,6 +211,7 @@ class Stack:
                 own = {each.untyped_storage().data_ptr() for each in (*layer.parameters(), *layer.buffers())}
                 storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
             size = sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
+            size += round(tiling.left_out(layer, rows * length))
             self._measured[index] = _Measured(rows * length, length, size)
 
         return made

@@ -24,11 +24,13 @@ from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels.dora import dora_linears_of
 from hf_turbo.kernels.lora import Projection, linears_of, lora_add
 from hf_turbo.kernels.lora_mlp import gated_mlp_of
+from hf_turbo.kernels.tiled_mlp import Tile, tiled_lora_mlp_of
 from torch import nn
 
 from . import expanded_weights
 from .conflicts import module_conflict
 from .engine import (
+    AttributePatch,
     ClassSwap,
     Exactness,
     Finding,
@@ -267,7 +269,7 @@ class _Recipe(NamedTuple):
     device: torch.device
     autocast: torch.dtype | None
     compute: torch.dtype
-    call: Callable[[torch.Tensor], Any]
+    call: Callable[..., Any]
     activation: str | None = None
 
     def fits(self, modules: tuple[Any, ...], x: torch.Tensor, activation: str | None = None) -> bool:
@@ -285,8 +287,8 @@ class _Recipe(NamedTuple):
         with torch._C.DisableTorchFunctionSubclass():
             return all(map(Watch.is_same, watches))
 
-    def __call__(self, x: torch.Tensor) -> Any:
-        return self.call(x if x.dtype == self.compute else x.to(self.compute))
+    def __call__(self, x: torch.Tensor, *args: Any) -> Any:
+        return self.call(x if x.dtype == self.compute else x.to(self.compute), *args)
 
 
 # By the first layer that has an adapter. A recipe refers to the modules inside LoRA layers and to layers without an
@@ -298,7 +300,7 @@ def _keep_recipe(
     modules: tuple[Any, ...],
     x: torch.Tensor,
     compute: torch.dtype,
-    call: Callable[[torch.Tensor], Any],
+    call: Callable[..., Any],
     activation: str | None = None,
 ) -> _Recipe:
     watches = tuple(Watch(each, None if _kind(each) is None else _active_names(each)[0]) for each in modules)
@@ -465,11 +467,14 @@ def _is_ours(module: nn.Module) -> bool:
     return is_swapped(module) and stock_class(module) is not nn.Linear
 
 
-def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) -> torch.Tensor | None:
+def gated_mlp(
+    projections: tuple[Any, ...], x: torch.Tensor, activation: str, tile: Tile | None = None
+) -> torch.Tensor | None:
     """down(act(gate(x)) * up(x)) in one function, or None where the projections have to be called one by one.
 
     Args:
         projections: the modules gate, up and down, or gate_up and down.
+        tile: rows that are computed at a time; None: all. Adapters with dropout have one function by tiles alone.
     """
     if not any(map(_is_ours, projections)) or not _may_act(projections[0], x):
         return None
@@ -478,14 +483,14 @@ def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) ->
         return None
     recipe = _recipe(projections, x, activation)
     if recipe is not None:
-        return recipe(x)
+        return recipe(x, tile)
     layers: list[_Layer] = []
     dtype = x.dtype
     for module in projections:
         if module is projections[-1]:
             dtype = layers[0].out
         layer = _layer(module, dtype, x.device)
-        if isinstance(layer, str) or layer.projection.dropout or layer.magnitude is not None:
+        if isinstance(layer, str) or (layer.projection.dropout and tile is None) or layer.magnitude is not None:
             return None
         layers.append(layer)
     first, down = layers[0], layers[-1]
@@ -497,8 +502,16 @@ def gated_mlp(projections: tuple[Any, ...], x: torch.Tensor, activation: str) ->
         expander: Any = down.projection.expand.func
         expand = functools.partial(expander.last_of_its_block, *down.projection.expand.args)
         ordered[-1] = down.projection._replace(expand=expand)
-    call = gated_mlp_of(x.shape[-1], first.compute, tuple(ordered), activation, first.low, down.out)
-    return _keep_recipe(projections, x, first.compute, call, activation)(x)
+    arguments = x.shape[-1], first.compute, tuple(ordered), activation, first.low, down.out
+    by_tiles = tiled_lora_mlp_of(*arguments)
+    at_once = None if any(each.dropout for each in ordered) else gated_mlp_of(*arguments)
+
+    def call(x: torch.Tensor, tile: Tile | None) -> torch.Tensor | None:
+        if tile is not None:
+            return by_tiles(x, tile)
+        return None if at_once is None else at_once(x)
+
+    return _keep_recipe(projections, x, first.compute, call, activation)(x, tile)
 
 
 # ---------------------------------------------------------------------------------------------------------------- find
@@ -639,11 +652,12 @@ def expanded_bytes(model: nn.Module) -> int:
     return sum(math.prod(state.shape) * state.dtype.itemsize for state in states if state is not None)
 
 
-def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
+def find(model: nn.Module, keep_expanded: bool = False, may_wait: bool = True) -> Finding:
     """Class swaps for LoRA layers and 4-bit layers, and the groups among them.
 
     Args:
         keep_expanded: keep 4-bit weights expanded for the whole training, at two bytes a weight.
+        may_wait: whether those that recomputation has expanded may wait for the layer's gradients.
     """
     finding = Finding("lora", "lora_linears, lora_gated_mlp", Exactness.REASSOCIATED)
     inside: set[nn.Module] = set()
@@ -680,6 +694,8 @@ def find(model: nn.Module, keep_expanded: bool = False) -> Finding:
             finding.patches.append(GroupPatch(f"qkv:{name}", members))
     if finding.patches:
         finding.patches.append(FULL_SUMS)
+    if finding.patches and not may_wait:
+        finding.patches.append(AttributePatch("lora:waiting", expanded_weights, "MOST_WAITING_BYTES", 0))
     return finding
 
 

@@ -3,7 +3,7 @@
 The projections stay modules and are called as such, so adapters, quantized layers and hooks on them keep working. Where
 `down_proj` is a plain linear layer, the product is not stored for backward but computed again there, in the pass that
 computes its gradients. Where adapters or 4-bit weights are all that the projections add, lora.py computes the whole MLP
-in one function.
+in one function. Long passes are computed by tiles of rows where tiling.py says so.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
+from hf_turbo.kernels.tiled_mlp import Tile, tiled_mlp
 from torch import nn
 
-from . import linears, lora
+from . import checkpointing, linears, lora, tiling
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -78,7 +79,11 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         activation = _activation(self.act_fn) if is_live() else None
         if activation is None:
             return stock(self, x)
-        fused = lora.gated_mlp((self.gate_proj, self.up_proj, self.down_proj), x, activation)
+        projections = self.gate_proj, self.up_proj, self.down_proj
+        tile = tiling.tile_of(self, x)
+        fused = lora.gated_mlp(projections, x, activation, tile)
+        if fused is None and tile is not None:
+            fused = _by_tiles(self, projections, x, activation, tile, stock)
         if fused is not None:
             return fused
         both = linears.compute((self.gate_proj, self.up_proj), x)
@@ -98,11 +103,15 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         activation = _activation(self.activation_fn) if is_live() else None
         if activation is None:
             return stock(self, hidden_states)
-        fused = lora.gated_mlp((self.gate_up_proj, self.down_proj), hidden_states, activation)
+        projections = self.gate_up_proj, self.down_proj
+        tile = tiling.tile_of(self, hidden_states)
+        fused = lora.gated_mlp(projections, hidden_states, activation, tile)
+        if fused is None and tile is not None:
+            fused = _by_tiles(self, projections, hidden_states, activation, tile, stock)
         if fused is not None:
             return fused
-        fused = linears.compute((self.gate_up_proj,), hidden_states)
-        gate_up, down = self.gate_up_proj(hidden_states) if fused is None else fused[0], self.down_proj
+        alone = linears.compute((self.gate_up_proj,), hidden_states)
+        gate_up, down = self.gate_up_proj(hidden_states) if alone is None else alone[0], self.down_proj
         if not _usable(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return down(up * self.activation_fn(gate))
@@ -120,8 +129,38 @@ def projections_of(module: nn.Module) -> tuple[Any, ...]:
     return tuple(module._modules.get(name) for name in names)
 
 
-def find(model: nn.Module) -> Finding:
-    """Class swaps for every gated MLP whose forward and activation are understood."""
+def _by_tiles(
+    mlp: nn.Module,
+    projections: tuple[Any, ...],
+    x: torch.Tensor,
+    activation: str,
+    tile: Tile,
+    stock: Callable[..., Any],
+) -> torch.Tensor | None:
+    """The MLP by tiles where no projection is one of lora.py's; None where it is computed at once after all."""
+    if not (is_plain(x) and x.is_floating_point()) or x.is_inference():
+        return None
+    kind = device_kind(x.device)
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    if all(_is_plain_linear(each, x) for each in projections):
+        weights, biases = [each.weight for each in projections], [each.bias for each in projections]
+        if torch.float64 in {each.dtype for each in (x, *weights, *biases) if each is not None} - {compute}:
+            return None
+        return tiled_mlp(x, weights, biases, activation, tile)
+    features = getattr(projections[-1], "out_features", None)
+    if features is None or not tiling.may_call(mlp):
+        return None
+    trained = [each for each in mlp.parameters() if each.requires_grad]
+    return tiling.by_calls(functools.partial(stock, mlp), x, tile.rows, features, compute, trained)
+
+
+def find(model: nn.Module, tiled: tiling.Tiling | None = None) -> Finding:
+    """Class swaps for every gated MLP whose forward and activation are understood.
+
+    Args:
+        tiled: which passes are computed by tiles of rows; None: none are.
+    """
+    layers = checkpointing.layers_of(model)
     finding = Finding("mlp", "glu", Exactness.REASSOCIATED)
     for name, module in model.named_modules():
         cls = stock_class(module)
@@ -145,4 +184,7 @@ def find(model: nn.Module) -> Finding:
         make_forward = _make_split_forward if body in _SPLIT else _make_packed_forward
         finding.patched += 1
         finding.patches.append(ClassSwap(f"mlp:{name}", module, same_name_subclass(cls, make_forward)))
+        if tiled is not None:
+            parent = layers.get(name.rpartition(".")[0])
+            finding.patches.append(tiling.TilePatch(f"tiles:{name}", module, parent, tiled))
     return finding

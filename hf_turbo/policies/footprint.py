@@ -109,18 +109,21 @@ class Footprint(NamedTuple):
         return round(self.peak * (1 + FRAGMENTATION)) + CONTEXT
 
 
-def layers_kept(of_recomputed: Footprint, layers: Sequence[memory.Layer], total: int) -> memory.Kept:
-    """What a run with `memory="auto"` keeps of its checkpointed layers.
+def layers_kept(
+    of_recomputed: Footprint, layers: Sequence[memory.Layer], total: int, choice: memory.Choice = "auto"
+) -> memory.Kept:
+    """What a run keeps of its checkpointed layers.
 
     Args:
         of_recomputed: the run with all layers recomputed.
         layers: in the order of forward.
         total: bytes of the GPU's memory.
+        choice: the option `memory`.
     """
     # As a run measures the rest: from the first pass to the second, so that states and workspaces are among it.
     rest = max(of_recomputed.in_pass, of_recomputed.gradients + of_recomputed.states) + WORKSPACES
     free = total - CONTEXT - of_recomputed.resident - WORKSPACES
-    return memory.what_to_keep(layers, memory.room(free, rest))
+    return memory.what_to_keep(layers, memory.room(free, rest, choice))
 
 
 def longest(fits: Callable[[int], bool], most: int) -> int:

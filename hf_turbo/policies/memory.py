@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-Choice = Literal["auto", "as_is", "max_speed"]
+Choice = Literal["auto", "as_is", "max_speed", "min_memory"]
 
 # Of the memory that is free when a pass begins. The rest is for what the pass takes besides (logits, gradients, the
 # layer being recomputed: see batching.py, which takes half), and for other processes.

@@ -1,0 +1,239 @@
+"""MLPs by tiles in whole models: as exact as stock, computed twice under checkpointing, stock again when reverted."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hf_turbo.kernels import tiled_mlp
+from hf_turbo.patches import expanded_weights, kept_layers, tiling
+from peft import LoraConfig, get_peft_model
+
+import hf_turbo
+from hf_turbo.lifecycle import _Activation
+from hf_turbo.policies import tiling as policy
+from tests.models import batch, loss_and_gradients, quantised, reference64, switch_on, switched_off, tiny_model
+from tests.patches.test_parity import assert_rule, run, squared_errors
+
+ROWS = 16
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """63 tokens in tiles of 16, the last of 15; a pass is long from 20 tokens on."""
+    for name, value in {"LEAST_ROWS": ROWS, "MOST_ROWS": ROWS, "LONG": 20, "_MULTIPLE": 16}.items():
+        monkeypatch.setattr(policy, name, value)
+    yield
+    hf_turbo.disable()
+
+
+@pytest.fixture
+def counts(monkeypatch) -> Counter[str]:
+    """Tiles of which gate and up were computed, by the kernel or by calls."""
+    counted: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        stock = getattr(owner, name)
+
+        def counting(*args: Any) -> Any:
+            counted[name] += 1
+            return stock(*args)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(tiled_mlp._Dense, "hidden")
+    count(tiled_mlp._WithAdapters, "hidden")
+    count(tiling._Calls, "forward")
+    count(tiling._Calls, "backward")
+    return counted
+
+
+def adapted(model: Any, dropout: float = 0.0, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_dropout=dropout, target_modules="all-linear", init_lora_weights=False, **options)
+    return get_peft_model(model, config).train()
+
+
+def patch(model: Any, memory: str = "as_is", *roles: str) -> Any:
+    return hf_turbo.patch_model(model, **{**switched_off("mlp", "checkpointing", *roles), "memory": memory})
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("family", ["llama-bias", "phi3"])
+def test_as_exact_as_stock(family, precision, counts):
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    turbo, stock = [], []
+    for seed in range(6):
+        model = tiny_model(family, torch.bfloat16, seed).to(dtype)
+        inputs = batch(seed=seed)
+        loss, gradients = reference64(model, inputs)
+        exact = {"loss": loss, **gradients}
+        switch_on(model)
+        stock.append(squared_errors(run(model, inputs, precision == "autocast"), exact))
+        patch(model)
+        turbo.append(squared_errors(run(model, inputs, precision == "autocast"), exact))
+        hf_turbo.disable()
+    assert counts["hidden"] == 6 * 2 * 2 * 4  # draws, layers, directions, tiles
+    assert_rule(f"{family} {precision}", turbo, stock)
+
+
+def nf4(model: Any) -> Any:
+    pytest.importorskip("bitsandbytes")
+    return quantised(model, "nf4-double")
+
+
+def int8(model: Any) -> Any:
+    pytest.importorskip("bitsandbytes")
+    return quantised(model, "int8")
+
+
+KINDS = {
+    "dense": (lambda model: model, {}, "hidden"),
+    "dropout": (lambda model: model, {"dropout": 0.3}, "hidden"),
+    "nf4": (nf4, {}, "hidden"),
+    "int8": (int8, {}, "calls"),
+    "int8-dropout": (int8, {"dropout": 0.3}, "calls"),
+    "dora": (lambda model: model, {"use_dora": True}, "calls"),
+}
+
+
+def adapters_of(kind: str) -> Any:
+    base, options, _ = KINDS[kind]
+    return switch_on(adapted(base(tiny_model("llama", hidden_size=64, intermediate_size=128)), **options))
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters(kind, counts):
+    """Against the same run by PEFT. With dropout, whose numbers are other ones: against itself, and by differences."""
+    model, inputs = adapters_of(kind), batch()
+    stock = None if "dropout" in kind else loss_and_gradients(model, inputs)
+    patch(model, "min_memory", "lora")
+
+    def results() -> Any:
+        torch.manual_seed(3)
+        loss, gradients = loss_and_gradients(model, inputs)
+        return loss, {name: each.clone() for name, each in gradients.items()}, torch.rand(2)
+
+    loss, gradients, _ = results()
+    assert counts == ({"hidden": 2 * 2 * 4} if KINDS[kind][2] == "hidden" else {"forward": 2, "backward": 2})
+    again = results()
+    assert torch.equal(again[0], loss)
+    assert all(torch.equal(each, gradients[key]) for key, each in again[1].items())
+    if stock is not None:
+        assert gradients.keys() == stock[1].keys()
+        assert torch.allclose(loss, stock[0], rtol=1e-5)
+        for key, each in stock[1].items():
+            assert torch.linalg.vector_norm(gradients[key] - each) < 2e-4 * torch.linalg.vector_norm(each) + 1e-7, key
+        return
+    parameter = model.get_parameter(next(key for key in gradients if "layers.0.mlp.up_proj.lora_B" in key))
+    direction = gradients[next(key for key in gradients if "layers.0.mlp.up_proj.lora_B" in key)]
+    losses = []
+    for step in (1, -1):
+        with torch.no_grad():
+            parameter.add_(direction, alpha=step * 1e-2 / direction.norm().item())
+        losses.append(results()[0].double())
+        with torch.no_grad():
+            parameter.sub_(direction, alpha=step * 1e-2 / direction.norm().item())
+    assert (losses[0] - losses[1]).item() / 2e-2 == pytest.approx(direction.norm().item(), rel=0.05)
+
+
+def test_twice_under_checkpointing_and_no_oftener(counts):
+    model = switch_on(tiny_model("llama"))
+    patch(model)
+    loss_and_gradients(model, batch())
+    assert counts["hidden"] == 2 * 2 * 4
+    loss_and_gradients(model, batch(rows=1, length=20))  # a short pass
+    assert counts["hidden"] == 2 * 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointed", "reentrant", "memory", "expected"),
+    [
+        ("llama", False, False, "auto", 0),
+        ("llama", True, True, "auto", 0),  # the whole layer runs again
+        ("gemma2", True, False, "auto", 0),  # a norm comes after the MLP
+        ("gemma2", True, False, "min_memory", 3),
+        ("cohere2", True, False, "auto", 2),
+        ("granite", True, False, "as_is", 2),
+        ("phi3", True, False, "max_speed", 2),
+    ],
+)
+def test_where_tiles_are(family, checkpointed, reentrant, memory, expected, counts):
+    model = tiny_model(family)
+    if checkpointed:
+        switch_on(model, reentrant)
+    patch(model, memory)
+    loss_and_gradients(model, batch())
+    assert counts["hidden"] == expected * 2 * 4
+
+
+def test_kept_layers_have_the_same_bits_and_the_size_that_was_measured(monkeypatch, counts):
+    asked: list[Any] = []
+
+    def plan(sizes: list[float], rest: Any, device: Any) -> int:
+        asked.append(sizes)
+        return 1
+
+    monkeypatch.setattr(_Activation, "_memory_plan", lambda self: plan)
+    model = switch_on(tiny_model("llama"))
+    patch(model, "auto")
+    first = loss_and_gradients(model, batch())
+    assert counts["hidden"] == 2 * 2 * 4
+    first = first[0], {name: each.clone() for name, each in first[1].items()}
+    second = loss_and_gradients(model, batch())
+    assert counts["hidden"] == (2 * 2 + 2 + 1) * 4
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(each, second[1][name]) for name, each in first[1].items())
+    # What the same layer keeps without tiles: besides gate and up, what the tiled MLP saves is its input alike.
+    hf_turbo.disable()
+    monkeypatch.setattr(policy, "LONG", 10**6)
+    other = switch_on(tiny_model("llama"))
+    patch(other, "auto")
+    loss_and_gradients(other, batch())
+    stack, _ = kept_layers.PLACES[other.model.layers[0]]
+    assert asked[0] == [each.bytes for each in stack._measured]
+
+
+def test_reverted_to_stock(counts):
+    model = switch_on(tiny_model("llama"))
+    stock = copy.deepcopy(loss_and_gradients(model, batch()))
+    patch(model, "min_memory")
+    hf_turbo.disable()
+    loss, gradients = loss_and_gradients(model, batch())
+    assert not counts
+    assert torch.equal(loss, stock[0])
+    assert all(torch.equal(each, stock[1][name]) for name, each in gradients.items())
+    assert not tiling._PLACES
+
+
+def test_min_memory_checkpoints_and_lets_nothing_wait():
+    model = tiny_model("llama")
+    wrapped, before = adapted(model), expanded_weights.MOST_WAITING_BYTES
+    report = hf_turbo.patch_model(wrapped, memory="min_memory", metrics=False, report=False)
+    assert all(layer.gradient_checkpointing for layer in model.model.layers)
+    assert any("gradient checkpointing of LlamaForCausalLM" in note for note in report.notes)
+    reasons = {row.role: row.reason for row in report.rows}
+    assert reasons["memory"] == "memory='min_memory'"
+    assert expanded_weights.MOST_WAITING_BYTES == 0
+    hf_turbo.disable()
+    assert before == expanded_weights.MOST_WAITING_BYTES
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+def test_min_memory_says_where_there_is_no_checkpointing():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    report = hf_turbo.patch_model(model, memory="min_memory", metrics=False, report=False)
+    assert any("does not checkpoint this model" in note for note in report.notes)
+
+
+def test_bfloat16_adapters_are_not_summed_by_calls(counts):
+    """Their gradients would be rounded once for each tile."""
+    model = switch_on(adapted(tiny_model("llama"), use_dora=True)).to(torch.bfloat16)
+    patch(model, "min_memory", "lora")
+    loss_and_gradients(model, batch())
+    assert not counts
