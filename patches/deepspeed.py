@@ -56,7 +56,7 @@ def merging_conflict(trainer: Any) -> str | None:
         return "DeepSpeed without ZeRO: passes that micro-batches share have not been tried"
     zero = config["zero_optimization"]
     for name in ("offload_optimizer", "offload_param"):
-        if (zero.get(name) or {}).get("device", "none") != "none":
+        if (zero.get(name) or {}).get("device") not in (None, "none"):
             return f"{name} of DeepSpeed: passes that micro-batches share have not been tried"
     unknown = sorted(zero.keys() - _KNOWN)
     if unknown:
