@@ -7,6 +7,8 @@
 #   benchmarks/gpu.sh PART...
 #     tests[=FILE,...]       the tests that are marked gpu: of kernels and patches, or of these files
 #     kernels[=OP,...]       each kernel, or these, against stock and its floor
+#     attention  every way to compute attention over documents, FlexAttention among them
+#     two-gpus   DDP and FSDP2 on two GPUs, stock and turbo
 #     train=NAME[:SYSTEMS[:KEY=VALUE,...]]   one workload of train.py, by default with stock,turbo; TRAIN_FLAGS adds to it
 #     demo       the demo on the GPU; with random weights, as the trained ones are too large to carry
 #
@@ -44,6 +46,8 @@ run_part() {
     tests) "$python" -m pytest tests/kernels -q -m gpu && "$python" -m pytest tests/patches -q -m gpu ;;
     kernels=*) "$python" benchmarks/kernels/summary.py --only "${1#kernels=}" --json "$out/kernels.json" ;;
     kernels) "$python" benchmarks/kernels/summary.py --json "$out/kernels.json" ;;
+    attention) "$python" benchmarks/kernels/bench_attention.py --json "$out/attention.json" ;;
+    two-gpus) "$python" benchmarks/two_gpus.py --json "$out/two-gpus.json" ;;
     demo)
       "$python" - "$repository/.gpu/smollm2" <<'PY' || return
 import sys

@@ -90,6 +90,7 @@ class _Activation:
             checkpointing,
             conflicts,
             decoder_layers,
+            deepspeed,
             embeddings,
             head,
             lora,
@@ -162,6 +163,8 @@ class _Activation:
         # Last: what is recorded rests on all the others.
         if "padding" in roles and (device.type == "cuda" or self.config.graphs is True):
             against = self._sharing_conflict("graphs", model, trainer)
+            if trainer is not None and deepspeed.is_used(trainer):
+                against = against or "DeepSpeed reduces gradients by hooks, which no recording has"
             if self.config.graphs == "auto" and (self.config.memory_budget is not None or scarce):
                 given = "memory='min_memory'" if scarce else "memory_budget is given"
                 against = against or f"recordings hold memory for good, and {given}"
@@ -331,12 +334,13 @@ class _Activation:
         return find, conflict or (checkpointing.offload_conflict(trainer) if trainer is not None else None)
 
     def passes(
-        self, model: nn.Module, agreement: Agreement | None
+        self, model: nn.Module, agreement: Agreement | None, first_alone: bool = False
     ) -> Callable[[list[int], int, float | None, bool], list[int]] | None:
         """How many micro-batches of a step share a pass through this model; None where none do.
 
         Args:
             agreement: between processes that have to compute the same passes; None where each may have its own.
+            first_alone: whether the first micro-batch of a step has to have a pass of its own.
         """
         from hf_turbo.patches import device_memory
 
@@ -352,9 +356,10 @@ class _Activation:
                 free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
                 limit = batching.token_limit(worst, kept_per_token, free)
             if agreement is not None:
-                alone, negative, *tokens = agreement.most([not may_share, -limit, *tokens])
-                may_share, limit = not alone, -negative
-            return batching.passes(tokens, limit) if may_share else [1] * len(tokens)
+                may_not, negative, *tokens = agreement.most([not may_share, -limit, *tokens])
+                may_share, limit = not may_not, -negative
+            alone = tokens[:1] if first_alone else []
+            return [1] * len(alone) + batching.passes(tokens[len(alone) :], limit) if may_share else [1] * len(tokens)
 
         return plan
 
@@ -602,6 +607,9 @@ def _around_train(trainer: Any) -> Iterator[None]:
     if activation is None or trainer in activation.training:
         yield
         return
+    from hf_turbo.patches import deepspeed
+    from hf_turbo.patches.agreement import Agreement
+
     from .training import Training
 
     meter = table = training = None
@@ -610,6 +618,8 @@ def _around_train(trainer: Any) -> Iterator[None]:
         meter = _make_meter(trainer) if activation.config.metrics else None
         table = _make_table(trainer, activation.report) if activation.config.report else None
         training = activation.training[trainer] = Training(trainer, meter, activation.config, activation.report)
+        if training.agreement is None and deepspeed.needs_agreement(trainer):
+            training.agreement = Agreement()
         with _STATE.lock:
             for model in training.models:
                 activation.meet(model, trainer)
@@ -669,15 +679,16 @@ def _around_fetch(trainer: Any) -> AbstractContextManager[Any]:
 
 
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
-    from hf_turbo.patches import padding
+    from hf_turbo.patches import deepspeed, padding
 
     for activation in _STATE.activations:
         if trainer in activation.training:
             training = activation.training[trainer]
             training.begin_step()
             model, *references = training.models
-            plan = activation.passes(model, training.agreement)
-            padding.batches_fetched(model, batches, plan, training.agreement is not None, references)
+            plan = activation.passes(model, training.agreement, deepspeed.overwrites_gradients(trainer))
+            anchored = deepspeed.needs_gradients(trainer)
+            padding.batches_fetched(model, batches, plan, training.agreement is not None, references, anchored)
             if training.meter is not None:
                 training.meter.count(batches)
 

@@ -74,16 +74,22 @@ class MicroBatch:
         return self.index is None and len(self.lengths) == self.rows
 
     def is_called_with(self, kwargs: dict[str, Any]) -> bool:
-        """Whether these are the very tensors that were foreseen, unchanged."""
+        """Whether these are the very tensors that were foreseen, unchanged; on a CPU also copies of them.
+
+        Trainer copies what it calls the model with where a process of several trains on a CPU: to "cpu:0" from "cpu".
+        """
         if not self.inputs or kwargs.get("inputs_embeds") is not None:
             return False
         for name in ("input_ids", "attention_mask", "position_ids"):
             given, foreseen = kwargs.get(name), self.inputs.get(name)
             if given is None and foreseen is None:
                 continue
-            if given is None or foreseen is None or not _is_same_memory(given, foreseen):
+            if given is None or foreseen is None or foreseen._version != self._versions[name]:
                 return False
-            if given._version != self._versions[name]:
+            if not _is_same_memory(given, foreseen):
+                if not _is_copy_on_cpu(given, foreseen):
+                    return False
+            elif given._version != self._versions[name]:
                 return False
         return True
 
@@ -107,10 +113,16 @@ class Pass:
         micro_batches: in the order in which the script calls the model with them.
         filling: tokens of a last document that nobody asked for, and that is left out of what is handed out.
         on_padding_gradient: called with the gradient at padding, [tokens of padding, H], where a backward has one.
+        anchor: a parameter that every backward comes to, with a gradient of zeros if with no other.
     """
 
-    def __init__(self, micro_batches: list[MicroBatch], on_padding_gradient: Callable[[torch.Tensor], None]):
-        self.micro_batches, self.on_padding_gradient = micro_batches, on_padding_gradient
+    def __init__(
+        self,
+        micro_batches: list[MicroBatch],
+        on_padding_gradient: Callable[[torch.Tensor], None],
+        anchor: torch.Tensor | None = None,
+    ):
+        self.micro_batches, self.on_padding_gradient, self.anchor = micro_batches, on_padding_gradient, anchor
         self._output: Any = None
         self._rest: dict[str, Any] = {}
         self._gradients: dict[int, torch.Tensor] = {}
@@ -176,7 +188,8 @@ class Pass:
         start = sum(each.tokens for each in self.micro_batches[:place])
         values = hidden.detach()[0, start : start + micro_batch.tokens]
         if hidden.requires_grad:
-            source = hidden if is_last else torch.empty(0, requires_grad=True)
+            elsewhere = torch.empty(0, requires_grad=True) if self.anchor is None else self.anchor
+            source = hidden if is_last else elsewhere
             states = _HandOut.apply(source, values, self, place)
         else:
             states = micro_batch.padded(values)
@@ -220,6 +233,11 @@ def _is_same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
+def _is_copy_on_cpu(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """By value, which elsewhere would wait for the device."""
+    return {a.device.type, b.device.type} == {"cpu"} and a.dtype == b.dtype and torch.equal(a, b)
+
+
 def _same(a: Any, b: Any) -> bool:
     return a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and bool(a == b))
 
@@ -240,8 +258,11 @@ class _HandOut(torch.autograd.Function):
         if micro_batch.padding is not None:
             of.on_padding_gradient(dy.flatten(0, 1).index_select(0, micro_batch.padding))
         of.take_gradient(place, micro_batch.flat(dy))
-        is_last = place == len(of.micro_batches) - 1
-        return of.whole_gradient() if is_last else None, None, None, None
+        if place == len(of.micro_batches) - 1:
+            gradient = of.whole_gradient()
+        else:
+            gradient = None if of.anchor is None else torch.zeros_like(of.anchor)
+        return gradient, None, None, None
 
 
 class Step:

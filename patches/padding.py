@@ -32,6 +32,7 @@ import torch
 from torch import nn
 
 from . import attention_seams, checkpointing, device_memory, graphs, kept_layers, padding_conflicts, sharded, varlen
+from .deepspeed import is_of_zero
 from .engine import (
     ClassSwap,
     Exactness,
@@ -106,9 +107,15 @@ class _State:
         return self._hooks.conflict() is not None
 
     def has_gradient_hooks(self) -> bool:
-        """Whether something watches the gradients of parameters, maybe registered since."""
+        """Whether something watches the gradients of parameters, maybe registered since; ZeRO only sums them up."""
         with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters
-            return any(each._backward_hooks or each._post_accumulate_grad_hooks for each in self._parameters)
+            found = [hooks for p in self._parameters for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks)]
+        return not all(is_of_zero(hook) for hooks in found if hooks for hook in hooks.values())
+
+    def smallest_trained(self) -> nn.Parameter | None:
+        """The parameter that takes least to reduce a gradient of."""
+        trained = (parameter for parameter in self._parameters if parameter.requires_grad)
+        return min(trained, key=torch.Tensor.numel, default=None)
 
     def gradient_at_padding(self, gradient: torch.Tensor) -> None:
         """Notes whether there is one. On a GPU without waiting for it: `look` says so in the next step."""
@@ -496,6 +503,7 @@ def batches_fetched(
     plan: Plan | None,
     is_collective: bool = False,
     references: Sequence[nn.Module] = (),
+    is_anchored: bool = False,
 ) -> None:
     """Looks at the micro-batches of the next step.
 
@@ -503,6 +511,7 @@ def batches_fetched(
         plan: how many of them share a pass; None where each is one of its own.
         is_collective: whether every process has to compute the same passes, since they gather weights for each other.
         references: models that are asked for the same micro-batches without gradients.
+        is_anchored: whether the backward of every micro-batch has to come to a parameter.
     """
     states = _states(model)
     others = [state for reference in references for state in _states(reference)]
@@ -537,7 +546,8 @@ def batches_fetched(
             counts = plan(tokens, state.worst, state.kept_per_token, may_share)
         if is_foreseen:
             rest = iter(state.foreseen)
-            passes = [Pass([next(rest) for _ in range(n)], state.gradient_at_padding) for n in counts]
+            anchor = state.smallest_trained() if is_anchored else None
+            passes = [Pass([next(rest) for _ in range(n)], state.gradient_at_padding, anchor) for n in counts]
             state.step = Step(passes, is_collective)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from . import attention_seams, varlen
+from .deepspeed import is_of_zero
 from .engine import forward_of
 from .fingerprint import syntax_tree
 
@@ -52,11 +53,12 @@ def conflict(backbone: Any, device_type: str) -> str | None:
 def is_harmless(hook: Any) -> bool:
     """Whether a hook does not care for shapes.
 
-    It makes embeddings require gradients, waits to record outputs, or gathers the weights of a layer (FSDP2).
+    It makes embeddings require gradients, waits to record outputs, or gathers the weights of a layer (FSDP2,
+    ZeRO-3).
     """
     module = getattr(hook, "__module__", None) or ""
     is_known = module == "transformers.utils.output_capturing" or module.startswith(_FSDP2)
-    return is_known or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
+    return is_known or is_of_zero(hook) or "make_inputs_require_grad" in getattr(hook, "__qualname__", "")
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

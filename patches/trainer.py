@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from . import module_walks
+from . import deepspeed, module_walks
 from .engine import AttributePatch, Patch, look_like
 
 MODULE = "transformers.trainer"
@@ -180,8 +180,11 @@ def merging_conflict(trainer: Any) -> str | None:
     if against is not None:
         return against
     kind = gathers_weights(trainer)
-    if kind is not None and not getattr(trainer.accelerator, "is_fsdp2", False):
+    if kind is not None and not (getattr(trainer.accelerator, "is_fsdp2", False) or deepspeed.is_used(trainer)):
         return f"{kind} gathers weights at every pass"
+    against = deepspeed.merging_conflict(trainer)
+    if against is not None:
+        return against
     if trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False):
         return "sync_each_batch is on"
     if getattr(args, "activation_offloading", False):

@@ -81,8 +81,9 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     for i in range(32):
         row = {name: value[0] for name, value in batch(rows=1, length=14, seed=i, masked=False).items()}
         row["labels"][: i % 11] = -100
+        row["attention_mask"][14 - i % 3 :], row["labels"][14 - i % 3 :] = 0, -100
         rows.append(row)
-    runs, reports = {}, {}
+    runs, reports, notes = {}, {}, []
     autocast = {**switched_off("autocast"), "report": False}
     options = {"turbo": {"report": False, "max_tokens_per_pass": 4096}, "autocast": autocast}
     for name in ("stock", "perturbed", "turbo", "after", "stock autocast", "autocast"):
@@ -111,12 +112,13 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         trainer.train()
         if name in options:
             reports[name] = {row.role: (row.found, row.patched) for row in hf_turbo.report().rows}
+            notes += hf_turbo.report().notes if name == "turbo" else []
             hf_turbo.disable()
         logs = trainer.state.log_history
         runs[name] = {key: torch.tensor([log[key] for log in logs if key in log]) for key in ("loss", "grad_norm")}
         runs[name] |= {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-    torch.save({"runs": runs, "report": reports}, f"{folder}/rank{rank}.pt")
+    torch.save({"runs": runs, "report": reports, "notes": notes}, f"{folder}/rank{rank}.pt")
     leave()
 
 
@@ -135,6 +137,7 @@ def test_trainer_under_ddp(tmp_path):
             "optimizer": (1, 0),  # on a CPU torch's is as fast
         }
         assert len(result["runs"]["stock"]["loss"]) == STEPS
+        assert any(f"{STEPS} passes instead of {2 * STEPS}" in note for note in result["notes"]), result["notes"]
         assert_no_drift(result["runs"], f"rank {rank}")
         for name, value in result["runs"]["stock"].items():
             assert torch.equal(result["runs"]["after"][name], value), f"{name}: not stock after disable()"
