@@ -89,7 +89,9 @@ def _checkpoint(
             with tiling.keeping():
                 return function(*args)
         watch = stack.watch(index, hidden_states)
-        calls = stack.calls(index, watch is not None)
+        # What is recorded as a CUDA graph recomputes attention with the rest: handing out fails there.
+        if not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
+            calls = stack.calls(index, watch is not None)
     hooks = None
     if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
         hooks = _to_store(store, hidden_states)
