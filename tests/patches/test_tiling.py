@@ -1,4 +1,4 @@
-"""MLPs by tiles in whole models: as exact as stock, computed twice under checkpointing, and stock again when reverted."""
+"""MLPs by tiles in whole models: as exact as stock, computed twice under checkpointing, stock again when reverted."""
 
 from __future__ import annotations
 
@@ -62,12 +62,14 @@ def patch(model: Any, memory: str = "as_is", *roles: str) -> Any:
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
-@pytest.mark.parametrize("family", ["llama-bias", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [("llama-bias", "fp32"), ("llama-bias", "autocast"), ("phi3", "bf16"), ("phi3", "autocast")],
+)
 def test_as_exact_as_stock(family, precision, counts):
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     turbo, stock = [], []
-    for seed in range(6):
+    for seed in range(4):
         model = tiny_model(family, torch.bfloat16, seed).to(dtype)
         inputs = batch(seed=seed)
         loss, gradients = reference64(model, inputs)
@@ -77,7 +79,7 @@ def test_as_exact_as_stock(family, precision, counts):
         patch(model)
         turbo.append(squared_errors(run(model, inputs, precision == "autocast"), exact))
         hf_turbo.disable()
-    assert counts["hidden"] == 6 * 2 * 2 * 4  # draws, layers, directions, tiles
+    assert counts["hidden"] == 4 * 2 * 2 * 4  # draws, layers, directions, tiles
     assert_rule(f"{family} {precision}", turbo, stock)
 
 
