@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from . import recomputation
-from .engine import Patch, forward_of
+from .engine import Patch, forward_of, is_plain
 
 # Given the tokens of a pass, the columns of gate, and whether the MLP is computed again in backward anyway: how many
 # rows are computed at a time, None for all.
@@ -119,8 +119,10 @@ def may_call(mlp: nn.Module) -> bool:
     Gradients of tiles are rounded to the dtype of what they belong to before they are added up.
     """
     place = _PLACES.get(mlp)
+    if place is None or not place.tiling.by_calls:
+        return False
     trained = [each for each in mlp.parameters() if each.requires_grad]
-    return place is not None and place.tiling.by_calls and all(each.itemsize >= 4 for each in trained)
+    return not torch.is_grad_enabled() or (is_plain(*trained) and all(each.itemsize >= 4 for each in trained))
 
 
 def _itemsize(x: torch.Tensor) -> int:

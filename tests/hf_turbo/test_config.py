@@ -33,10 +33,10 @@ def test_a_number_of_tokens():
 
 
 def test_memory():
-    for choice in ("auto", "as_is", "max_speed"):
+    for choice in ("auto", "as_is", "max_speed", "min_memory"):
         assert TurboConfig(memory=choice).memory == choice
     for value in (True, False, None, "fast", 1, []):
-        with pytest.raises(ValueError, match=r"memory=.*choose one of 'auto', 'as_is', 'max_speed'"):
+        with pytest.raises(ValueError, match=r"memory=.*choose one of 'auto', 'as_is', 'max_speed', 'min_memory'"):
             TurboConfig(memory=value)
 
 

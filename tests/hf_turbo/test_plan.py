@@ -1,6 +1,7 @@
 """`hf-turbo plan` against what was measured on a GPU, and against what is allocated for real on a CPU."""
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import hf_turbo
 from hf_turbo import cli, dry_run
 from hf_turbo import plan as planning
 from hf_turbo.plan import Planner, Run
-from hf_turbo.policies import footprint, memory
+from hf_turbo.policies import footprint, memory, tiling
 from hf_turbo.policies.footprint import Trained, optimizer_bytes
 from tests.models import FAMILIES, batch, quantised, switch_on, tiny_model
 
@@ -38,7 +39,7 @@ MEASURED = [
     ("llama8b-qlora-nockpt", None, 19.79),  # LoRA and QLoRA, third row
     ("llama8b-qlora", H200, 19.83),  # LoRA and QLoRA, "checkpointing asked for, memory free"
     ("llama8b-qlora-32k", 15, 60.00),  # Memory
-    ("llama8b-qlora-32k", None, 12.46),  # Memory, the same with memory="as_is"
+    ("llama8b-qlora-32k", None, 12.46),  # Memory, the same with memory="as_is": by a build that did not tile MLPs
 ]
 
 
@@ -72,8 +73,9 @@ def as_measured(monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "gpu", "measured"), MEASURED)
-def test_predicts_what_was_measured(planners, as_measured, name, gpu, measured):
+def test_predicts_what_was_measured(planners, as_measured, name, gpu, measured, monkeypatch):
     workload = WORKLOADS[name]
+    monkeypatch.setattr(tiling, "LONG", 10**6)
     planner, run = planners[workload.model], run_of(workload)
     kept = ((gpu or 0), ()) if gpu is None or gpu < GIB else planner.layers_kept(run, gpu)
     predicted = planner.footprint(run, kept).peak / GIB
@@ -95,6 +97,31 @@ def test_trained_layers_keep_less_than_was_measured():
     assert kept[1] - kept[0] == 2 * 2 * config.hidden_size
     head, chunk = config.vocab_size * config.hidden_size, linear_cross_entropy._CHUNK_BYTES["cuda"]
     assert peaks[0] < sum(kept[:1]) * 2 * run.batch * run.length + 4 * head + chunk + 2**28
+
+
+@pytest.mark.parametrize(("length", "most"), [(32_768, 11), (131_072, 24)])
+def test_long_samples_in_little_memory(planners, length, most):
+    """Llama-8B with QLoRA."""
+    planner = planners["llama-3.1-8b"]
+    run = dataclasses.replace(run_of(WORKLOADS["llama8b-qlora-32k"]), length=length, memory="min_memory")
+    assert 0.7 * most < planner.footprint(run).peak / GIB < 0.9 * most
+    assert planner.layers_kept(run, H200) == (0, ())
+    assert planning._host_bytes(planner, run) == 32 * length * 4096 * 2
+
+
+def test_tiles_take_less(planners, monkeypatch):
+    planner = planners["llama-3.1-8b"]
+    run = dataclasses.replace(run_of(WORKLOADS["llama8b-qlora-32k"]), memory="as_is")
+    tiled = planner.footprint(run).peak
+    planner._steps.clear()
+    monkeypatch.setattr(tiling, "LONG", 10**6)
+    assert planner.footprint(run).peak - tiled > 2.5 * GIB
+    planner._steps.clear()
+
+
+def test_little_memory_checkpoints():
+    run = Run("full", 1, 64, checkpointing=False, memory="min_memory")
+    assert run.checkpointing
 
 
 @pytest.mark.parametrize(("trained", "measured"), [(False, 0.61), (True, 3.06)])

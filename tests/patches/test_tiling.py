@@ -15,8 +15,8 @@ from peft import LoraConfig, get_peft_model
 import hf_turbo
 from hf_turbo.lifecycle import _Activation
 from hf_turbo.policies import tiling as policy
-from tests.models import batch, loss_and_gradients, quantised, reference64, switch_on, switched_off, tiny_model
-from tests.patches.test_parity import assert_rule, run, squared_errors
+from tests.models import batch, loss_and_gradients, quantised, switch_on, switched_off, tiny_model
+from tests.patches.test_parity import DRAWS, PRECISIONS, assert_rule, draws, run, squared_errors
 
 ROWS = 16
 
@@ -62,23 +62,16 @@ def patch(model: Any, memory: str = "as_is", *roles: str) -> Any:
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", ["llama-bias", "phi3"])
 def test_as_exact_as_stock(family, precision, counts):
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    turbo, stock = [], []
-    for seed in range(6):
-        model = tiny_model(family, torch.bfloat16, seed).to(dtype)
-        inputs = batch(seed=seed)
-        loss, gradients = reference64(model, inputs)
-        exact = {"loss": loss, **gradients}
-        switch_on(model)
-        stock.append(squared_errors(run(model, inputs, precision == "autocast"), exact))
-        patch(model)
-        turbo.append(squared_errors(run(model, inputs, precision == "autocast"), exact))
+    errors = []
+    for draw in draws(family):
+        patch(draw.models[precision], "min_memory")  # which checkpoints
+        errors.append(squared_errors(run(draw.models[precision], draw.inputs, precision == "autocast"), draw.reference))
         hf_turbo.disable()
-    assert counts["hidden"] == 6 * 2 * 2 * 4  # draws, layers, directions, tiles
-    assert_rule(f"{family} {precision}", turbo, stock)
+    assert counts["hidden"] == DRAWS * 2 * 2 * 6  # layers, directions, tiles
+    assert_rule(f"{family} {precision}", errors, [draw.stock[precision] for draw in draws(family)])
 
 
 def nf4(model: Any) -> Any:
