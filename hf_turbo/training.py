@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .config import TurboConfig
     from .metrics import MetricsCallback
     from .reports import Report
+
+_ENDED = "ended:"  # begins the last line that a process has for the others
 
 
 class Training:
@@ -28,26 +30,34 @@ class Training:
     def __init__(self, trainer: Any, meter: MetricsCallback | None, config: TurboConfig, report: Report):
         from hf_turbo.patches import retry
         from hf_turbo.patches import trainer as trainer_patches
-        from hf_turbo.patches.agreement import Agreement
+        from hf_turbo.patches.agreement import Agreement, Board
 
         self._trainer, self.meter = trainer, meter
-        is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
-        self.agreement = Agreement() if is_sharded else None
+        several = trainer.accelerator.num_processes > 1
+        self.agreement = Agreement() if several and getattr(trainer.accelerator, "is_fsdp2", False) else None
+        self._board = Board() if several else None
         self._report = report
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
         self._patches: list[Patch] = []
-        if config.memory != "as_is" and retry.conflict(trainer) is None:
-            self._retry = retry.Retry(trainer, self._make_room, self._tell)
+        self._against = None  # why steps are not done again, where that is not the script's wish
+        if config.memory != "as_is" and not trainer.args.auto_find_batch_size:
+            self._against = retry.conflict(trainer)
+            if self._against is None:
+                self._retry = retry.Retry(trainer, self._make_room, self._tell)
+        if meter is not None:
+            meter.before_log = self._listen
 
     def begin(self) -> None:
         """After the patches of the process have been applied, which are there for longer."""
-        from hf_turbo.patches import accelerate
+        from hf_turbo.patches import accelerate, collectives
         from hf_turbo.patches import trainer as trainer_patches
 
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
         if self._retry is not None:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
+            if self._board is not None:
+                self._patches.extend(collectives.patches())
         for patch in self._patches:
             patch.apply()
 
@@ -63,8 +73,10 @@ class Training:
 
         if trainer is not self._trainer or not is_live():  # another one of the same class
             return call(*args, **kwargs)
-        with padding.training_step(self.models) if self._masks_reference else nullcontext():
-            return call(*args, **kwargs) if self._retry is None else self._retry.run(call, args, kwargs)
+        with padding.training_step(self.models) if self._masks_reference else nullcontext(), self._others_told():
+            if self._retry is not None:
+                return self._retry.run(call, args, kwargs)
+            return self._explaining(lambda: call(*args, **kwargs))
 
     def _around_optimizer(self, optimizer: Any, compute: Callable[[], Any]) -> Any:
         from hf_turbo.patches import retry
@@ -76,7 +88,39 @@ class Training:
 
         if optimizer is not self._trainer.optimizer or not is_live():
             return compute()
-        return retry.step_optimizer(optimizer, compute, make_room)
+        with self._others_told():
+            return retry.step_optimizer(optimizer, compute, make_room)
+
+    def _explaining(self, compute: Callable[[], Any]) -> Any:
+        """Where a step is not done again: with an error that says why, and what would take less."""
+        import torch
+
+        from hf_turbo.patches import retry
+
+        if self._against is None:
+            return compute()
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            explained = retry.explained(self._trainer, error, self._against)
+        raise explained
+
+    @contextmanager
+    def _others_told(self) -> Iterator[None]:
+        """Of several processes one that ends says why to the others, whose own errors will be about connections."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self._board is not None:
+                self._board.post(f"{_ENDED} {error}")
+            raise
+        except Exception as error:
+            for rank, line in self._board.news() if self._board is not None else ():
+                if line.startswith(_ENDED) and hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"hf_turbo: rank {rank} had ended: {line.removeprefix(_ENDED).strip()}")
+            raise
 
     def begin_step(self) -> None:
         """The micro-batches of an optimizer step have been fetched."""
@@ -101,11 +145,24 @@ class Training:
     def _tell(self, event: str) -> None:
         """Into the report, the logs and to the user."""
         step = self._trainer.state.global_step + 1
+        if self._board is not None:
+            self._board.post(f"{step} {event}")
+            event = f"rank {self._trainer.accelerator.process_index}: {event}"
+        self._note(step, event)
+        warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
+
+    def _note(self, step: int, event: str) -> None:
         self._report.notes.append(f"step {step}: {event}")
         self._retried.add(step)
         if self.meter is not None:
             self.meter.retried_steps = len(self._retried)
-        warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
+
+    def _listen(self) -> None:
+        """Notes what happened to the other processes."""
+        for rank, line in self._board.news() if self._board is not None else ():
+            step, _, event = line.partition(" ")
+            if step.isdigit():
+                self._note(int(step), f"rank {rank}: {event}")
 
     def revert(self) -> None:
         """Puts back what is around the steps."""
@@ -118,6 +175,9 @@ class Training:
         from hf_turbo.patches import checkpointing, padding
 
         self.revert()
+        self._listen()
+        if self._retry is not None:
+            self._retry.end()
         if self.agreement is not None:
             self.agreement.close()
         notes = [padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
