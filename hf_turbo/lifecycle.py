@@ -354,7 +354,7 @@ class _Activation:
             limit = worst if fixed is None and self.config.memory == "min_memory" else fixed
             if limit is None:
                 free = None if kept_per_token is None else device_memory.free(_training_device(model, None, False))
-                limit = batching.token_limit(worst, kept_per_token, free)
+                limit = batching.token_limit(worst, kept_per_token, free, gathers=agreement is not None)
             if agreement is not None:
                 may_not, negative, *tokens = agreement.most([not may_share, -limit, *tokens])
                 may_share, limit = not may_not, -negative

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,7 +108,8 @@ class MetricsCallback(TrainerCallback):
     """Counts tokens of fetched batches without waiting for the device, and adds the figures when the Trainer logs.
 
     Attributes:
-        retried_steps: that ran out of memory and were done again, since the beginning.
+        retried_steps: that ran out of memory and were done again, since the beginning, in whichever process.
+        before_log: called first, if anything.
     """
 
     def __init__(self, device: torch.device):
@@ -116,6 +118,7 @@ class MetricsCallback(TrainerCallback):
         self._flops: tuple[float, float | None] | None = None  # per token, per pair
         self._since: float | None = None
         self.retried_steps = 0
+        self.before_log: Callable[[], None] | None = None
 
     def count(self, batches: list[Any]) -> None:
         """Adds the micro-batches of one optimizer step: real tokens, and causal pairs within documents."""
@@ -140,6 +143,8 @@ class MetricsCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs is None or "loss" not in logs or self._since is None:
             return
+        if self.before_log is not None:
+            self.before_log()
         tokens, pairs = (0, 0) if self._counts is None else self._counts.tolist()
         now = time.perf_counter()
         seconds = now - self._since

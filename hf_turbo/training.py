@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .metrics import MetricsCallback
     from .reports import Report
 
+_ENDED = "ended:"  # begins the last line that a process has for the others
+
 
 class Training:
     """A trainer that is training under hf_turbo.
@@ -32,11 +34,12 @@ class Training:
     def __init__(self, trainer: Any, meter: MetricsCallback | None, config: TurboConfig, report: Report):
         from hf_turbo.patches import prefetch, retry
         from hf_turbo.patches import trainer as trainer_patches
-        from hf_turbo.patches.agreement import Agreement
+        from hf_turbo.patches.agreement import Agreement, Board
 
         self._trainer, self.meter = trainer, meter
-        is_sharded = getattr(trainer.accelerator, "is_fsdp2", False) and trainer.accelerator.num_processes > 1
-        self.agreement = Agreement() if is_sharded else None
+        several = trainer.accelerator.num_processes > 1
+        self.agreement = Agreement() if several and getattr(trainer.accelerator, "is_fsdp2", False) else None
+        self._board = Board() if several else None
         self._report = report
         self._config = config
         self._paging: PagedOptimizer | None = None
@@ -47,8 +50,13 @@ class Training:
         # On a CPU it would be in the way of the computation.
         acts = config.host is True or (config.host == "auto" and trainer.args.device.type != "cpu")
         self._prefetch = prefetch.Prefetch(trainer) if acts else None
-        if config.memory != "as_is" and retry.conflict(trainer) is None:
-            self._retry = retry.Retry(trainer, self._make_room, self._tell)
+        self._against: str | None = None  # why steps are not done again, where that is not the script's wish
+        if config.memory != "as_is" and not trainer.args.auto_find_batch_size:
+            self._against = retry.conflict(trainer)
+            if self._against is None:
+                self._retry = retry.Retry(trainer, self._make_room, self._tell)
+        if meter is not None:
+            meter.before_log = self._listen
 
     def begin(self, copies_fit: Callable[[int, float | None, torch.device], bool]) -> None:
         """After the patches of the process have been applied, which are there for longer.
@@ -56,7 +64,7 @@ class Training:
         Args:
             copies_fit: whether memory for 16-bit copies of weights is plainly free.
         """
-        from hf_turbo.patches import accelerate, autocast, lora, prefetch, shadows
+        from hf_turbo.patches import accelerate, autocast, collectives, lora, prefetch, shadows
         from hf_turbo.patches import trainer as trainer_patches
 
         if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -72,6 +80,8 @@ class Training:
             self._patches.append(prefetch.patch())
         if self._retry is not None or self._prefetch is not None:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
+            if self._board is not None:
+                self._patches.extend(collectives.patches())
         for patch in self._patches:
             patch.apply()
 
@@ -128,8 +138,11 @@ class Training:
         with (
             nullcontext() if self._shadows is None else self._shadows.training_step(trainer.accelerator.sync_gradients),
             padding.training_step(self.models) if self._masks_reference else nullcontext(),
+            self._others_told(),
         ):
-            return call(*args, **kwargs) if self._retry is None else self._retry.run(call, args, kwargs)
+            if self._retry is not None:
+                return self._retry.run(call, args, kwargs)
+            return self._explaining(lambda: call(*args, **kwargs))
 
     def _around_optimizer(self, optimizer: Any, compute: Callable[[], Any]) -> Any:
         from hf_turbo.patches import retry
@@ -141,7 +154,8 @@ class Training:
 
         if optimizer is not self._trainer.optimizer or not is_live():
             return compute()
-        result = compute() if self._retry is None else retry.step_optimizer(optimizer, compute, make_room)
+        with self._others_told():
+            result = compute() if self._retry is None else retry.step_optimizer(optimizer, compute, make_room)
         if self._prefetch is not None:
             self._prefetch.fetch()
         return result
@@ -149,6 +163,37 @@ class Training:
     def around_fetch(self) -> AbstractContextManager[None]:
         """What the micro-batches of the next optimizer step are fetched in."""
         return nullcontext() if self._prefetch is None else self._prefetch.watched()
+
+    def _explaining(self, compute: Callable[[], Any]) -> Any:
+        """Where a step is not done again: with an error that says why, and what would take less."""
+        import torch
+
+        from hf_turbo.patches import retry
+
+        if self._against is None:
+            return compute()
+        try:
+            return compute()
+        except torch.OutOfMemoryError as error:
+            explained = retry.explained(self._trainer, error, self._against)
+        raise explained
+
+    @contextmanager
+    def _others_told(self) -> Iterator[None]:
+        """Of several processes one that ends says why to the others, whose own errors will be about connections."""
+        import torch
+
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            if self._board is not None:
+                self._board.post(f"{_ENDED} {error}")
+            raise
+        except Exception as error:
+            for rank, line in self._board.news() if self._board is not None else ():
+                if line.startswith(_ENDED) and hasattr(error, "add_note"):  # from Python 3.11 on
+                    error.add_note(f"hf_turbo: rank {rank} had ended: {line.removeprefix(_ENDED).strip()}")
+            raise
 
     def begin_step(self) -> None:
         """The micro-batches of an optimizer step have been fetched."""
@@ -178,11 +223,24 @@ class Training:
     def _tell(self, event: str) -> None:
         """Into the report, the logs and to the user."""
         step = self._trainer.state.global_step + 1
+        if self._board is not None:
+            self._board.post(f"{step} {event}")
+            event = f"rank {self._trainer.accelerator.process_index}: {event}"
+        self._note(step, event)
+        warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
+
+    def _note(self, step: int, event: str) -> None:
         self._report.notes.append(f"step {step}: {event}")
         self._retried.add(step)
         if self.meter is not None:
             self.meter.retried_steps = len(self._retried)
-        warnings.warn(f"hf_turbo: step {step}: {event}", RuntimeWarning, stacklevel=2)
+
+    def _listen(self) -> None:
+        """Notes what happened to the other processes."""
+        for rank, line in self._board.news() if self._board is not None else ():
+            step, _, event = line.partition(" ")
+            if step.isdigit():
+                self._note(int(step), f"rank {rank}: {event}")
 
     def revert(self) -> None:
         """Puts back what is around the steps."""
@@ -195,6 +253,9 @@ class Training:
         from hf_turbo.patches import checkpointing, padding
 
         self.revert()
+        self._listen()
+        if self._retry is not None:
+            self._retry.end()
         if self.agreement is not None:
             self.agreement.close()
         data = None if self._prefetch is None else self._prefetch.end()

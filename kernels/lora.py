@@ -538,8 +538,8 @@ def low_rank_inputs(x: torch.Tensor, adapters: Adapters, seeds: Sequence[int]) -
     if x.dtype != a.dtype:
         x = x.to(a.dtype)
     s = x.new_empty(x.shape[0], a.shape[0])
-    # On a CPU the order in which a product in float32 is summed, and with it its error, goes by its width: on some three
-    # adapters together have 1.3 times the error of one. So there each has a product of its own, as in stock.
+    # On a CPU the order in which a product in float32 is summed, and with it its error, goes by its width: on some
+    # three adapters together have 1.3 times the error of one. So there each has a product of its own, as in stock.
     if together is not None and (device_kind(x.device) != "cpu" or x.dtype != torch.float32):
         return torch.addmm(s, x, a.t(), beta=0, alpha=together, out=s)
     for i, each in enumerate(columns):

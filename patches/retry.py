@@ -4,6 +4,8 @@ What a micro-batch leaves behind is gradients, random states, and what the train
 buffers). All micro-batches of an optimizer step are done again, since the gradients of a failed backward cannot be told
 from those that were there: at the beginning of a step there are none. What cannot be taken back (weights or inputs that
 have changed within the step) is looked for first, and then the error is the script's.
+
+Of several processes under DDP each does it for itself (ddp.py).
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
+from .advice import advice
+from .ddp import Replica
 from .recomputation import random_states, set_random_states
-from .trainer import gathers_weights, step_conflict
+from .trainer import gathers_weights, parallelism, step_conflict
 
 _CONTAINERS = (dict, defaultdict, OrderedDict, list, set, deque)
 # Of a longer list of numbers only the length is noted: a step adds to its end. Others as large are no notes of a step.
@@ -138,6 +142,7 @@ class _MicroBatch:
 
     def __init__(self, trainer: Any, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.notes, self._call = _Notes(trainer), call
+        self._gradients, self._is_last = trainer.accelerator.gradient_state, trainer.accelerator.sync_gradients
         self._args, self._kwargs = _unshared(args), _unshared(kwargs)
         self._versions = _versions(_tensors((args, kwargs)))
 
@@ -147,6 +152,7 @@ class _MicroBatch:
         return _versions(_tensors((self._args, self._kwargs))) == self._versions
 
     def again(self) -> Any:
+        self._gradients._set_sync_gradients(self._is_last)  # which some losses look at
         return self._call(*_unshared(self._args), **_unshared(self._kwargs))
 
 
@@ -193,6 +199,7 @@ class Retry:
         self._trainer, self._make_room, self._tell = trainer, make_room, tell
         self._buffers: list[tuple[torch.Tensor, int]] | None = None  # of the model, and their versions at the beginning
         self._copies: dict[int, torch.Tensor] = {}  # of those that steps write to
+        self._replica: Replica | None = None  # where there are several processes
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -200,9 +207,19 @@ class Retry:
         self._done: list[_MicroBatch] = []
         self._tries = 0
 
-    def _begin(self) -> None:
+    def end(self) -> None:
+        """The training is over."""
+        if self._replica is not None:
+            self._replica.close()
+
+    def _begin(self, model: Any) -> None:
         """Notes what the step begins with."""
         self.begin_step()
+        if self._trainer.accelerator.num_processes > 1:
+            if self._replica is None or self._replica.model is not model:
+                self.end()
+                self._replica = Replica(model)
+            self._replica.begin_step()
         self._random, self._global_step = _Random(self._trainer.args.device), self._trainer.state.global_step
         # Those of the optimizer: a walk over the model takes longer.
         groups = getattr(self._trainer.optimizer, "param_groups", ())
@@ -220,23 +237,25 @@ class Retry:
             torch.OutOfMemoryError: there is no room for it in any way known, or it cannot be taken back.
         """
         if not self._done or self._trainer.state.global_step != self._global_step:
-            self._begin()
+            self._begin(args[0] if args else kwargs.get("model"))
         self._done.append(_MicroBatch(self._trainer, call, args, kwargs))
         work: Callable[[], Any] = lambda: call(*args, **kwargs)  # noqa: E731
+        replica = self._replica
         while True:
             try:
-                return work()
+                with nullcontext() if replica is None else replica.tape.running():
+                    return work()
             except torch.OutOfMemoryError as error:
                 # Not the error itself: it holds the frames that failed, and these the tensors of the pass.
                 message, culprit = str(error), _culprit(error, self._trainer.model, self._trainer.args.device)
+                if replica is not None:
+                    replica.fails([frame.f_code for frame in _frames(error)])
             against = self._conflict()
             action = None if against else self._make_room(self._tries)
             if action is None:
                 raise torch.OutOfMemoryError(
                     f"{message}\nhf_turbo: memory ran out in {culprit}, and "
-                    f"{against or 'nothing is left that would take less'}. "
-                    "What would take less: a smaller per_device_train_batch_size with more "
-                    "gradient_accumulation_steps, a smaller max_length, optim='adamw_8bit', or QLoRA"
+                    f"{against or 'nothing is left that would take less'}. {advice(self._trainer)}"
                 )
             self._tries += 1
             self._tell(f"out of memory in {culprit}: the step was taken back and is done again, with {action}")
@@ -254,11 +273,13 @@ class Retry:
             return "the inputs of the step have changed"
         if len({each.device for each in self._parameters}) > 1:
             return "the model is on several devices"
-        return None
+        return self._replica and self._replica.conflict()
 
     def _again(self) -> Any:
         """All micro-batches of the step so far; what the last of them returns."""
-        trainer = self._trainer
+        trainer, replica = self._trainer, self._replica
+        if replica is not None:
+            replica.take_back()
         for parameter in (*self._parameters, *trainer.model.parameters()):
             parameter.grad = None
         for buffer, _ in self._buffers or ():
@@ -269,7 +290,10 @@ class Retry:
         result = None
         for each in self._done:
             each.notes.restore(trainer)
-            result = each.again()
+            with nullcontext() if replica is None else replica.again(is_last=each is self._done[-1]):
+                result = each.again()
+        if replica is not None:
+            replica.settle()
         return result
 
 
@@ -283,9 +307,16 @@ def conflict(trainer: Any) -> str | None:
     """Why no step of this trainer is done again, or None."""
     if trainer.args.auto_find_batch_size:
         return "auto_find_batch_size is on"
-    if trainer.accelerator.num_processes > 1:
-        return "several processes would have to do it together"
-    return gathers_weights(trainer) or step_conflict(trainer)
+    kind = gathers_weights(trainer) or (trainer.accelerator.num_processes > 1 and parallelism(trainer))
+    return f"{kind}: other processes take part in every pass" if kind else step_conflict(trainer)
+
+
+def explained(trainer: Any, error: torch.OutOfMemoryError, against: str) -> torch.OutOfMemoryError:
+    """The error of a step that is not done again, with what would take less; holds nothing of the pass that failed."""
+    culprit = _culprit(error, trainer.model, trainer.args.device)
+    return torch.OutOfMemoryError(
+        f"{error}\nhf_turbo: memory ran out in {culprit}, and the step is not done again ({against}). {advice(trainer)}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- the optimizer
@@ -301,11 +332,11 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
     Raises:
         torch.OutOfMemoryError: there is no room for it, or some weights have been updated and others have not.
     """
-    kind = type(getattr(optimizer, "optimizer", optimizer)).__module__.partition(".")[0]
-    if kind not in {"torch", "bitsandbytes"}:
+    module = type(getattr(optimizer, "optimizer", optimizer)).__module__
+    if module.partition(".")[0] not in {"torch", "bitsandbytes"} or module.startswith("torch.distributed"):
         return compute()
     before, known = _progress(optimizer), set(optimizer.state)
-    advice = "optim='paged_adamw_8bit' keeps its states where there is room"
+    instead = "optim='paged_adamw_8bit' keeps its states where there is room"
     try:
         return compute()
     except torch.OutOfMemoryError as error:
@@ -316,7 +347,7 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
     if _progress(optimizer) != before:
         raise torch.OutOfMemoryError(
             f"{message}\nhf_turbo: memory ran out within the optimizer's step, when some weights were updated "
-            f"and others were not. Resume from the last checkpoint; {advice}"
+            f"and others were not. Resume from the last checkpoint; {instead}"
         )
     make_room("the optimizer's step")
     _free()
@@ -324,7 +355,7 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
         return compute()
     except torch.OutOfMemoryError as error:
         message = str(error)
-    raise torch.OutOfMemoryError(f"{message}\nhf_turbo: there is no room for the optimizer's step; {advice}")
+    raise torch.OutOfMemoryError(f"{message}\nhf_turbo: there is no room for the optimizer's step; {instead}")
 
 
 def _progress(optimizer: Any) -> list[tuple[int, Any]]:

@@ -105,9 +105,14 @@ def loss_conflict(trainer: Any) -> str | None:
         return f"compute_loss is overridden by {compute_loss.__qualname__.partition('.')[0]} and may read the logits"
     if trainer.args.n_gpu > 1:
         return "nn.DataParallel gathers the logits; launch one process per device instead"
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    return parallelism(trainer)
+
+
+def parallelism(trainer: Any) -> str | None:
+    """The kind in which several processes compute one pass together, or None."""
+    config = getattr(trainer.accelerator, "parallelism_config", None)
     for name, title in (("tp", "tensor"), ("cp", "context"), ("sp", "sequence")):
-        if parallelism is not None and (getattr(parallelism, f"{name}_size", 1) or 1) > 1:
+        if config is not None and (getattr(config, f"{name}_size", 1) or 1) > 1:
             return f"{title} parallelism"
     return None
 

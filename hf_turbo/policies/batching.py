@@ -9,23 +9,27 @@ from __future__ import annotations
 
 # Of the free memory: the rest is for what grows with tokens only now and then, and for other processes.
 SHARE_OF_FREE_MEMORY = 0.5
+# Where weights are gathered for each layer, at other times in other processes, and a pass that fails is not made again.
+SHARE_WHERE_GATHERED = 0.3
 # Backward and recomputation hold a layer's intermediate results beside what forward kept of all layers.
 PEAK_OVER_KEPT = 2.0
 # Products of this many rows run at full speed; a larger pass would take memory for nothing.
 ENOUGH_TOKENS = 8192
 
 
-def token_limit(worst: int, kept_per_token: float | None, free: int | None) -> int:
+def token_limit(worst: int, kept_per_token: float | None, free: int | None, gathers: bool = False) -> int:
     """Tokens that one pass may hold.
 
     Args:
         worst: tokens of the largest micro-batch so far, padding included.
         kept_per_token: bytes that forward keeps for backward per token; None where nothing was measured.
         free: bytes of device memory that are free; None where unknown.
+        gathers: whether weights are gathered in the course of a pass.
     """
     if kept_per_token is None or free is None:
         return worst
-    fits = int(SHARE_OF_FREE_MEMORY * free / (PEAK_OVER_KEPT * max(kept_per_token, 1.0)))
+    share = SHARE_WHERE_GATHERED if gathers else SHARE_OF_FREE_MEMORY
+    fits = int(share * free / (PEAK_OVER_KEPT * max(kept_per_token, 1.0)))
     return max(worst, min(fits, ENOUGH_TOKENS))
 
 
