@@ -108,7 +108,8 @@ class Replica:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        swap = ClassSwap("ddp:alone", self.model, same_name_subclass(type(self.model), _make_forward))
+        cls: Any = type(self.model)
+        swap = ClassSwap("ddp:alone", self.model, same_name_subclass(cls, _make_forward))
         swap.apply()
         self._is_muted = True
         try:

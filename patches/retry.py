@@ -273,7 +273,7 @@ class Retry:
             return "the inputs of the step have changed"
         if len({each.device for each in self._parameters}) > 1:
             return "the model is on several devices"
-        return self._replica and self._replica.conflict()
+        return None if self._replica is None else self._replica.conflict()
 
     def _again(self) -> Any:
         """All micro-batches of the step so far; what the last of them returns."""

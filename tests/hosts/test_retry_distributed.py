@@ -1,4 +1,4 @@
-"""Memory that runs out in one of two processes under DDP, or in both, anywhere: the step is done again, nothing changes.
+"""Memory that runs out in one of two processes under DDP, or in both, anywhere: the step is done again, and the same.
 
 A bucket holds a few weights, so that some have left and others have not where a backward fails.
 """
