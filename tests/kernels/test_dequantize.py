@@ -159,10 +159,12 @@ def test_4bit_shapes(device, shape, nested_blocksize):
 def test_4bit_as_bitsandbytes(device, dtype, quant_type, blocksize, nested_blocksize):
     shape = (1000, 4104) if device.type == "cuda" else (2, 4096)
     tensors = random_4bit(shape, device, blocksize, quant_type, nested_blocksize)
-    if quant_type == "fp4" and device.type == "cpu":
-        tensors["code"][8] = 0.0
     expected = bitsandbytes_of(shape, dtype, blocksize, quant_type)(**tensors)
-    assert_equal_bits(turbo_of(shape, dtype, blocksize)(**tensors), expected)
+    actual = turbo_of(shape, dtype, blocksize)(**tensors)
+    if quant_type == "fp4" and device.type == "cpu":
+        # FP4 has two zeros, and the sign of the second is another by bitsandbytes' code for another processor.
+        actual, expected = actual + 0.0, expected + 0.0
+    assert_equal_bits(actual, expected)
 
 
 @needs_bitsandbytes

@@ -18,7 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import hf_turbo
 from hf_turbo.lifecycle import _Activation
 from tests.models import switch_on, switched_off, tiny_model
-from tests.patches.test_graphs_gpu import adapted, rows, step
+from tests.patches.test_graphs_gpu import adapted, rows
+from tests.patches.test_graphs_gpu import step as trained_step
 from tests.patches.test_padding import padded, state_of
 
 pytestmark = [
@@ -201,7 +202,7 @@ def test_recordings(plan):
         hf_turbo.patch_model(model, padding=True, report=False)
         state_of(model).graphs = graphs.Graphs(model.get_base_model().model)
         for _ in range(4):  # nothing of a step is held in the next: it would hold the nodes that gradients end in
-            result = step(model, rows(0), True)
+            result = trained_step(model, rows(0), True)
         state = state_of(model)
         assert (state.graphs.reason, state.graphs.replays >= 2) == ("", True)
         found.append(list(result.values()))
