@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import distributed
@@ -38,7 +39,7 @@ class Board:
     _KEY = "hf_turbo/board"
 
     def __init__(self) -> None:
-        store = distributed.distributed_c10d._get_default_store() if distributed.is_initialized() else None
+        store: Any = distributed.distributed_c10d._get_default_store() if distributed.is_initialized() else None
         self._store = store if store is not None and store.has_extended_api() else None
         self._rank = distributed.get_rank() if distributed.is_initialized() else 0
         self._seen = len(self._text())
