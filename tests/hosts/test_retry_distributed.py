@@ -36,8 +36,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Faults]] = {
     # In DDP's first backward, whose order it notes, and in a later one.
     "first": ("plain", {**TWO, **CHECKPOINTED}, ({"loss": {3}}, {"attention backward": {1, 8}})),
     # Among metrics, of which some have been gathered.
-    "metrics": ("sft", TWO, ({"attention": {9}}, {"gather": {6, 13}})),
-    "losses": ("sft", TWO, ({"loss": {3}}, {"loss": {3}, "attention backward": {8}})),
+    "metrics": ("sft", TWO, ({"attention backward": {5}, "loss": {5}}, {"gather": {6, 13}, "loss": {7}})),
     "dropout": ("dropout", TWO, ({"attention backward": {6}}, {})),
     "pairs": ("dpo", {}, ({"gather": {4}}, {"attention backward": {2}})),
 }
