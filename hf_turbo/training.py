@@ -175,8 +175,8 @@ class Training:
         try:
             return compute()
         except torch.OutOfMemoryError as error:
-            explained = retry.explained(self._trainer, error, self._against)
-        raise explained
+            retry.explain(self._trainer, error, self._against)
+            raise
 
     @contextmanager
     def _others_told(self) -> Iterator[None]:

@@ -74,6 +74,11 @@ class Replica:
         # From here to the end of the last forward, where DDP sets it.
         model.require_forward_param_sync = False
 
+    def go_on(self) -> None:
+        """Before each of the others."""
+        if self._against is None and self.model.require_forward_param_sync:
+            self.tape.against = "gradients are averaged more than once a step"
+
     def close(self) -> None:
         """Ends what is only watched. Hooks that stand in for DDP's own stay."""
         if not self._has_own_hooks:
@@ -108,8 +113,8 @@ class Replica:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        cls: Any = type(self.model)
-        swap = ClassSwap("ddp:alone", self.model, same_name_subclass(cls, _make_forward))
+        base: Any = type(self.model)
+        swap = ClassSwap("ddp:alone", self.model, same_name_subclass(base, _make_forward))
         swap.apply()
         self._is_muted = True
         try:

@@ -18,15 +18,17 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .advice import advice
-from .ddp import Replica
 from .recomputation import random_states, set_random_states
 from .trainer import gathers_weights, parallelism, step_conflict
+
+if TYPE_CHECKING:
+    from .ddp import Replica
 
 _CONTAINERS = (dict, defaultdict, OrderedDict, list, set, deque)
 # Of a longer list of numbers only the length is noted: a step adds to its end. Others as large are no notes of a step.
@@ -216,6 +218,8 @@ class Retry:
         """Notes what the step begins with."""
         self.begin_step()
         if self._trainer.accelerator.num_processes > 1:
+            from .ddp import Replica  # not every torch can be distributed
+
             if self._replica is None or self._replica.model is not model:
                 self.end()
                 self._replica = Replica(model)
@@ -238,6 +242,8 @@ class Retry:
         """
         if not self._done or self._trainer.state.global_step != self._global_step:
             self._begin(args[0] if args else kwargs.get("model"))
+        elif self._replica is not None:
+            self._replica.go_on()
         self._done.append(_MicroBatch(self._trainer, call, args, kwargs))
         work: Callable[[], Any] = lambda: call(*args, **kwargs)  # noqa: E731
         replica = self._replica
@@ -311,12 +317,11 @@ def conflict(trainer: Any) -> str | None:
     return f"{kind}: other processes take part in every pass" if kind else step_conflict(trainer)
 
 
-def explained(trainer: Any, error: torch.OutOfMemoryError, against: str) -> torch.OutOfMemoryError:
-    """The error of a step that is not done again, with what would take less; holds nothing of the pass that failed."""
+def explain(trainer: Any, error: torch.OutOfMemoryError, against: str) -> None:
+    """Has the error of a step that is not done again say so, and what would take less."""
     culprit = _culprit(error, trainer.model, trainer.args.device)
-    return torch.OutOfMemoryError(
-        f"{error}\nhf_turbo: memory ran out in {culprit}, and the step is not done again ({against}). {advice(trainer)}"
-    )
+    reason = f"hf_turbo: memory ran out in {culprit}, and the step is not done again ({against})"
+    error.args = (f"{error}\n{reason}. {advice(trainer)}",)
 
 
 # ------------------------------------------------------------------------------------------------------- the optimizer

@@ -10,6 +10,11 @@ import pytest
 from hf_turbo.policies.batching import ENOUGH_TOKENS, passes, token_limit
 
 
+def test_more_stays_free_where_weights_are_gathered():
+    alone, gathered = (token_limit(0, 1e6, 10**10, gathers=each) for each in (False, True))
+    assert 0 < gathered < 0.7 * alone
+
+
 @pytest.mark.parametrize(
     ("tokens", "limit", "expected"),
     [

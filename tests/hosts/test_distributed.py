@@ -31,9 +31,9 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start(worker: Any, folder: Path) -> list[Any]:
+def start(worker: Any, folder: Path, *args: Any) -> list[Any]:
     """Runs the worker as two ranks; returns what they left."""
-    mp.spawn(worker, args=(free_port(), str(folder)), nprocs=2)
+    mp.spawn(worker, args=(free_port(), str(folder), *args), nprocs=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -286,6 +286,22 @@ def test_weights_that_change_within_a_step_are_not_taken_back(faults, counted, t
     assert counted == []
 
 
+class Own(SFTTrainer):
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        return super().training_step(*args, **kwargs)
+
+
+def test_steps_that_are_not_done_again_say_why(faults, counted, tmp_path):
+    """And the error is the one that was raised, where it was raised."""
+    faults.fail_at = {"attention": {0}}
+    with hf_turbo.session(padding=True, report=False), pytest.raises(torch.OutOfMemoryError) as error:
+        of_class(Own, tmp_path).train()
+    assert "By intent, in attention\nhf_turbo: memory ran out in model.layers.0.self_attn" in str(error.value)
+    assert "(training_step is overridden by Own). What would take less" in str(error.value)
+    assert error.traceback[-1].name == "_fault"
+    assert counted == []
+
+
 def test_nothing_stays_behind(faults, tmp_path):
     """Neither patches nor the trainer; also where it is switched off in the middle."""
     stock = {cls: vars(cls).get("training_step") for cls in Trainer.__mro__ + SFTTrainer.__mro__}
