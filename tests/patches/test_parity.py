@@ -78,7 +78,7 @@ def norm_calls(family: str) -> int:
 @contextmanager
 def turbo(model: Any, *only: str) -> Iterator[Any]:
     """The model patched in all roles, or in those named."""
-    options = {role: role in only for role in ROLES} if only else {}
+    options = {role: role in only for role in (*ROLES, "embeddings")} if only else {}
     try:
         yield hf_turbo.patch_model(model, **options)
     finally:
