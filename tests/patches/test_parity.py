@@ -383,7 +383,13 @@ def test_shapes_of_batches(shape):
         return [d.errors(precision) for d in some[family]], [d.stock[precision] for d in some[family]]
 
     for family in families:
-        assert_rule(f"{family}, {shape}", *measure(family, "fp32"))
+        # A bias of keys adds the same to all scores of a query, where it is not rotated: what is measured of its gradient
+        # is what rounding leaves of zero, and goes by the processor.
+        kept = [
+            [{name: error for name, error in draw.items() if not name.endswith("k_proj.bias")} for draw in draws_]
+            for draws_ in measure(family, "fp32")
+        ]
+        assert_rule(f"{family}, {shape}", *kept)
     for precision in ("bf16", "autocast"):
         assert_rule_on_average(f"{shape} {precision}", {family: measure(family, precision) for family in families})
 
