@@ -383,8 +383,8 @@ def test_shapes_of_batches(shape):
         return [d.errors(precision) for d in some[family]], [d.stock[precision] for d in some[family]]
 
     for family in families:
-        # A bias of keys adds the same to all scores of a query, where it is not rotated: what is measured of its gradient
-        # is what rounding leaves of zero, and goes by the processor.
+        # A bias of keys adds the same to all scores of a query, where it is not rotated: what is measured of its
+        # gradient is what rounding leaves of zero, and goes by the processor.
         kept = [
             [{name: error for name, error in draw.items() if not name.endswith("k_proj.bias")} for draw in draws_]
             for draws_ in measure(family, "fp32")
