@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -210,8 +211,14 @@ def _reason(layer: nn.Module, body: _Body | None) -> str | None:
     return reason
 
 
-def _projection_patches(name: str, attention: Any) -> list[Patch]:
-    """For the projections of an attention, where all are plain linear layers of one input."""
+def _projection_patches(name: str, layer: nn.Module) -> list[Patch]:
+    """For the MLP, and for the projections of the attention where all are plain linear layers of one input."""
+    mlp, attention = layer._modules.get("mlp"), layer._modules.get("self_attn")
+    marks: list[Patch] = [] if mlp is None else [linears.MarkPatch(f"linears:{name}.mlp", mlp)]
+    return marks + ([] if attention is None else _attention_patches(f"{name}.self_attn", attention))
+
+
+def _attention_patches(name: str, attention: nn.Module) -> list[Patch]:
     members = _projections(attention)
     if not all(map(linears.is_plain_linear, members)) or any(map(is_swapped, members)):
         return []
@@ -227,29 +234,41 @@ def _projection_patches(name: str, attention: Any) -> list[Patch]:
 def find(model: nn.Module) -> Finding:
     """Class swaps for every decoder layer whose forward is understood, and for its attention's projections."""
     finding = Finding("layers", "add_rms_norm, linears", Exactness.REASSOCIATED)
+    patches: dict[type, list[Patch]] = {}
+    refused: set[type] = set()
+    counts: Counter[type] = Counter()
     for name, layer in model.named_modules():
         cls = stock_class(layer)
         if "DecoderLayer" not in cls.__name__ or not hasattr(cls, "forward"):
             continue
         finding.found += 1
-        attention, known = layer._modules.get("self_attn"), fingerprint(forward_of(cls)) or ""
-        if known in _POST_NORM and attention is not None:
-            projections = _projection_patches(f"{name}.self_attn", attention)
-            finding.patches += projections
-            if projections or any(has_forward(each, linears.make_forward) for each in _projections(attention)):
-                finding.patched += 1
-            else:
-                finding.refuse("no norm behind an addition, and no plain projections")
-            continue
+        known = fingerprint(forward_of(cls)) or ""
         body = _FORWARDS.get(known)
+        attention = layer._modules.get("self_attn")
         if body is not None and has_forward(layer, _make_forward_of(body)):
             finding.patched += 1
+            continue
+        if known in _POST_NORM and attention is not None:
+            projections = _attention_patches(f"{name}.self_attn", attention)
+            if projections or any(has_forward(each, linears.make_forward) for each in _projections(attention)):
+                finding.patched += 1
+                finding.patches += _projection_patches(name, layer) if projections else []
+            else:
+                finding.refuse("no norm behind an addition, and no plain projections")
             continue
         reason = _reason(layer, body)
         if reason is not None or body is None:
             finding.refuse(reason or "")
+            refused.add(cls)
             continue
-        finding.patched += 1
-        finding.patches.append(ClassSwap(f"layers:{name}", layer, same_name_subclass(cls, _make_forward_of(body))))
-        finding.patches += _projection_patches(f"{name}.self_attn", attention)
+        counts[cls] += 1
+        swap = ClassSwap(f"layers:{name}", layer, same_name_subclass(cls, _make_forward_of(body)))
+        patches.setdefault(cls, []).extend([swap, *_projection_patches(name, layer)])
+    for cls, found in patches.items():
+        if cls in refused:
+            # FSDP's policies wrap the instances of the class of the first layer that they find.
+            finding.refuse("another layer of its class stays stock", counts[cls])
+        else:
+            finding.patched += counts[cls]
+            finding.patches += found
     return finding

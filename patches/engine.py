@@ -237,7 +237,8 @@ _Difference = tuple[MakeForward | None, dict[str, Any]]
 
 def _difference(ours: type) -> _Difference:
     """What `same_name_subclass` was given beside the base."""
-    return vars(ours)["_hf_turbo_difference"]
+    difference: _Difference = vars(ours)["_hf_turbo_difference"]
+    return difference
 
 
 def _ours_of(cls: type) -> tuple[list[_Difference], type]:

@@ -11,6 +11,7 @@ with adapters or packed weights are lora.py's.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from hf_turbo.kernels.linears import Source, linears
 from torch import nn
 
 from . import lora
-from .engine import has_hooks, is_live, is_plain, stock_class
+from .engine import Patch, has_hooks, is_live, is_plain, stock_class
 
 _NOTE = "_hf_turbo_made_of"
 
@@ -94,6 +95,32 @@ def compute(modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ..
     weights = [cast_weight(weight, dtype) for weight, _ in parameters]
     biases = [None if bias is None else bias.to(dtype) for _, bias in parameters]
     return linears(y if y.dtype == dtype else y.to(dtype), weights, biases, source, wide=low is not None)
+
+
+def of_mlp(mlp: nn.Module, modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """`compute` for the projections of an MLP that a decoder layer has marked."""
+    return compute(modules, y) if mlp in _MLPS else None
+
+
+_MLPS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class MarkPatch(Patch):
+    """Lets the MLP of a decoder layer compute the projections of its input together."""
+
+    def __init__(self, id: str, mlp: nn.Module):
+        self.id, self._mlp = id, weakref.ref(mlp)
+
+    def apply(self) -> None:
+        mlp = self._mlp()
+        if mlp is not None:
+            _MLPS.add(mlp)
+
+    def revert(self) -> bool:
+        mlp = self._mlp()
+        if mlp is not None:
+            _MLPS.discard(mlp)
+        return True
 
 
 def make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
             fused = _by_tiles(self, projections, x, activation, tile, stock)
         if fused is not None:
             return fused
-        both = linears.compute((self.gate_proj, self.up_proj), x)
+        both = linears.of_mlp(self, (self.gate_proj, self.up_proj), x)
         gate, up = both if both is not None else (self.gate_proj(x), self.up_proj(x))
         down = self.down_proj
         if not _usable(gate, up):
@@ -110,8 +110,8 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
             fused = _by_tiles(self, projections, hidden_states, activation, tile, stock)
         if fused is not None:
             return fused
-        alone = linears.compute((self.gate_up_proj,), hidden_states)
-        gate_up, down = self.gate_up_proj(hidden_states) if alone is None else alone[0], self.down_proj
+        packed = linears.of_mlp(self, (self.gate_up_proj,), hidden_states)
+        gate_up, down = self.gate_up_proj(hidden_states) if packed is None else packed[0], self.down_proj
         if not _usable(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return down(up * self.activation_fn(gate))

@@ -81,6 +81,14 @@ def test_under_autocast_norms_write_what_linear_layers_read(monkeypatch):
     assert dtypes == [None, torch.bfloat16]
 
 
+def test_switched_off(monkeypatch):
+    """Of the MLP's projections too, which another role calls."""
+    monkeypatch.setattr(linears, "linears", None)
+    model = tiny_model("llama")
+    assert row_of(hf_turbo.patch_model(model, layers=False)).patched == 0
+    loss_and_gradients(model, batch())
+
+
 def test_projections_are_one_function(monkeypatch):
     calls, op = [], linears.linears
     monkeypatch.setattr(
@@ -257,6 +265,11 @@ def test_unknown_layers_and_norms_stay_stock_with_a_reason():
     model.model.layers[1].forward = model.model.layers[1].forward
     row = row_of(hf_turbo.patch_model(model))
     assert (row.found, row.patched) == (2, 0)
+    hf_turbo.disable()
+    del model.model.layers[1].forward
+    partly = row_of(hf_turbo.patch_model(model))
+    assert partly.patched == 0
+    assert "another layer of its class stays stock" in partly.reason
     assert "no kernel for a LayerNorm here" in row.reason
     assert "forward replaced on the instance" in row.reason
 

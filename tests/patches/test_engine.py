@@ -242,14 +242,14 @@ def test_hidden_states_and_attentions_are_still_recorded():
 
 
 def test_fsdp_wrap_policies_still_find_the_layers():
-    """accelerate looks layers up by class name and instance."""
+    """accelerate looks for a class of that name, finds the first layer's, and wraps the instances of it."""
     from accelerate.utils.dataclasses import get_module_class_from_name
 
     model = tiny_model("llama")
     before = get_module_class_from_name(model, "LlamaDecoderLayer")
     hf_turbo.patch_model(model)
     after = get_module_class_from_name(model, "LlamaDecoderLayer")
-    assert after is before
+    assert issubclass(after, before)
     assert all(isinstance(layer, after) for layer in model.model.layers)
 
 

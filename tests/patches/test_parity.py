@@ -375,9 +375,13 @@ SHAPES: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_batches(shape):
-    """In low precision on average only: few labels are few draws."""
-    families = ("gemma2", "glm4")
-    some = {family: [make_draw(family, seed, SHAPES[shape](seed)) for seed in range(DRAWS)] for family in families}
+    """In low precision on average only: few labels are few draws.
+
+    With three labels a batch the key's bias of glm4 nearly cancels: ratios of 1.25 with 10 draws, 1.13 with 20 and 1.03
+    with 60, in fp32.
+    """
+    families, count = ("gemma2", "glm4"), 3 * DRAWS if shape == "one label a row" else DRAWS
+    some = {family: [make_draw(family, seed, SHAPES[shape](seed)) for seed in range(count)] for family in families}
 
     def measure(family: str, precision: str) -> tuple[list[Errors], list[Errors]]:
         return [d.errors(precision) for d in some[family]], [d.stock[precision] for d in some[family]]
