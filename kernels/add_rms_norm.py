@@ -38,6 +38,7 @@ import triton.language as tl
 
 from ._launch import cdiv, launch, once_differentiable, register_op, use_triton
 from .rms_norm import MAX_WIDTH, _reference_forward, persistent_grid, sum_partials, tile_of
+from .rms_norm import _reference_backward as _reference_backward_of_norm
 
 
 class Norm(NamedTuple):
@@ -63,16 +64,10 @@ def _reference_backward(
     dweight: torch.Tensor | None,
 ) -> None:
     """Fills those of the last three that are wanted."""
-    gradient = dy.to(rstd.dtype)
-    normed = h.to(rstd.dtype) * rstd.unsqueeze(-1)
-    if dweight is not None:
-        dweight.copy_((gradient * normed).reshape(-1, h.shape[-1]).sum(0))
-    if dresidual is None and dbranch is None:
+    dx = None if dresidual is None and dbranch is None else torch.empty_like(h, dtype=rstd.dtype)
+    _reference_backward_of_norm(dy, h, weight, rstd, weight_offset, dx, dweight)
+    if dx is None:
         return
-    if weight is not None:
-        gradient = gradient * (weight.to(rstd.dtype) + weight_offset)
-    projection = (gradient * normed).mean(-1, keepdim=True)
-    dx = (gradient - normed * projection) * rstd.unsqueeze(-1)
     if dh is not None:
         dx += dh
     for out in (dresidual, dbranch):

@@ -12,8 +12,6 @@ alone, and all that draw random numbers, since theirs would come before those th
 from __future__ import annotations
 
 import functools
-import random
-import sys
 import types
 import weakref
 from collections import deque
@@ -25,7 +23,7 @@ import torch
 from torch.utils.data.dataloader import _DatasetKind, _SingleProcessDataLoaderIter
 
 from .engine import ProcessPatch
-from .recomputation import random_states, set_random_states
+from .random_numbers import RandomStates
 
 _NEXT = "_next_data"
 _CPU = torch.device("cpu")
@@ -33,37 +31,6 @@ _CPU = torch.device("cpu")
 _WATCHED = 2
 
 _watching: Prefetch | None = None
-
-
-class _Random:
-    """The states of the generators that a dataset or a collator may draw from."""
-
-    def __init__(self) -> None:
-        numpy = sys.modules.get("numpy")
-        self._torch, self._python = random_states(_CPU), random.getstate()
-        self._numpy = None if numpy is None else numpy.random.get_state(legacy=False)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Random)
-            and all(map(torch.equal, self._torch, other._torch))
-            and self._python == other._python
-            and _plain(self._numpy) == _plain(other._numpy)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def restore(self) -> None:
-        set_random_states(self._torch, _CPU)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(each) for name, each in value.items()}
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 class Prefetch:
@@ -101,10 +68,10 @@ class Prefetch:
         # The first of an epoch has the sampler draw the order of all.
         if self.against is not None or self._of_iterator == 1 or self._watched >= _WATCHED:
             return fetch(iterator)
-        before = _Random()
+        before = RandomStates(_CPU)
         batch = fetch(iterator)
         self._watched += 1
-        if before != _Random():
+        if before != RandomStates(_CPU):
             self.against = "fetching them draws random numbers"
         return batch
 
@@ -118,13 +85,13 @@ class Prefetch:
             return
         waiting: deque[Callable[[], Any]] = deque()
         for _ in range(self._trainer.args.gradient_accumulation_steps):
-            before = _Random()
+            before = RandomStates(_CPU)
             try:
                 batch = type(iterator)._next_data(iterator)
             except Exception as error:  # the end of the epoch, or the script's own: raised when asked for
                 waiting.append(_raises(error))
                 break
-            after = _Random()
+            after = RandomStates(_CPU)
             if before != after:
                 self.against = "fetching them draws random numbers"
                 before.restore()
@@ -155,11 +122,11 @@ def _raises(error: Exception) -> Callable[[], Any]:
     return hand_out
 
 
-def _draws(batch: Any, before: _Random, after: _Random) -> Callable[[], Any]:
+def _draws(batch: Any, before: RandomStates, after: RandomStates) -> Callable[[], Any]:
     """A batch for which random numbers were drawn after all: as if they were drawn now, if nothing else was since."""
 
     def hand_out() -> Any:
-        if before == _Random():
+        if before == RandomStates(_CPU):
             after.restore()
         return batch
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import random
-import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,7 @@ import torch
 from torch import nn
 
 from .advice import advice
-from .recomputation import random_states, set_random_states
+from .random_numbers import RandomStates
 from .trainer import gathers_weights, parallelism, step_conflict
 
 if TYPE_CHECKING:
@@ -124,21 +122,6 @@ class _Notes:
         vars(trainer.state).update(self._counters)
 
 
-class _Random:
-    """The states of all generators that a step may draw from."""
-
-    def __init__(self, device: torch.device):
-        self._device, self._torch, self._python = device, random_states(device), random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = None if numpy is None else numpy.random.get_state()
-
-    def restore(self) -> None:
-        set_random_states(self._torch, self._device)
-        random.setstate(self._python)
-        if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-
 class _MicroBatch:
     """A call of the training step that can be made again, with the inputs that it was first made with."""
 
@@ -224,7 +207,7 @@ class Retry:
                 self.end()
                 self._replica = Replica(model)
             self._replica.begin_step()
-        self._random, self._global_step = _Random(self._trainer.args.device), self._trainer.state.global_step
+        self._random, self._global_step = RandomStates(self._trainer.args.device), self._trainer.state.global_step
         # Those of the optimizer: a walk over the model takes longer.
         groups = getattr(self._trainer.optimizer, "param_groups", ())
         self._parameters = [each for group in groups for each in group["params"]]
