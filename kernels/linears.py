@@ -51,7 +51,7 @@ def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, d
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, source: Source | None, wide: bool, *operands: torch.Tensor | None
+        ctx: Any, y: torch.Tensor, source: Source | None, wide: bool, *operands: Any
     ) -> tuple[torch.Tensor, ...]:
         weights, biases = operands[0::2], operands[1::2]
         ctx.set_materialize_grads(False)
@@ -61,7 +61,7 @@ class _Linears(torch.autograd.Function):
         ctx.save_for_backward(*kept, *weights)
         ctx.source = None if source is None else (source.norm, source.dtype)
         ctx.wide, ctx.shape, ctx.dtype = wide, y.shape, y.dtype
-        return tuple(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore
+        return tuple(F.linear(y, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable

@@ -206,8 +206,10 @@ def _reason(layer: nn.Module, body: _Body | None) -> str | None:
         names = (_FIRST_NORM, body.before_mlp, "self_attn", "mlp", body.after_attention, body.after_mlp)
         if any(name is not None and not isinstance(layer._modules.get(name), nn.Module) for name in names):
             reason = "parts are missing"
-        elif norms.understood(layer._modules[body.before_mlp]) is None:
-            reason = f"no kernel for a {stock_class(layer._modules[body.before_mlp]).__name__} here"  # type: ignore
+        else:
+            norm: Any = layer._modules[body.before_mlp]
+            if norms.understood(norm) is None:
+                reason = f"no kernel for a {stock_class(norm).__name__} here"
     return reason
 
 

@@ -16,7 +16,6 @@ from hf_turbo.patches.kept_layers import Kept
 from torch.utils.checkpoint import checkpoint
 
 import hf_turbo
-from hf_turbo.lifecycle import _Activation
 from hf_turbo.policies import memory
 from hf_turbo.policies.memory import Layer
 from tests.models import loss_and_gradients, switch_on, switched_off, tiny_model
@@ -26,19 +25,6 @@ LAYERS = 3
 ALL = tuple(range(LAYERS))
 OPTIONS = switched_off("checkpointing", "memory")
 _FORWARD = ("aten::_scaled_dot_product_flash_attention_for_cpu", "_CappedAttention")
-
-
-@pytest.fixture
-def plan(monkeypatch) -> SimpleNamespace:
-    """`plan.kept` is what a pass keeps; `plan.costs` are those that the last plan was given."""
-    asked = SimpleNamespace(kept=Kept(), costs=[])
-
-    def layers(costs, rest, device, before):
-        asked.costs = costs
-        return asked.kept
-
-    monkeypatch.setattr(_Activation, "_memory_plan", lambda self: layers)
-    return asked
 
 
 def checkpointed(family: str = "llama", **changes: Any) -> Any:

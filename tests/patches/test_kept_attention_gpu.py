@@ -16,7 +16,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import hf_turbo
-from hf_turbo.lifecycle import _Activation
 from tests.models import switch_on, switched_off, tiny_model
 from tests.patches.test_graphs_gpu import adapted, rows
 from tests.patches.test_graphs_gpu import step as trained_step
@@ -30,18 +29,6 @@ pytestmark = [
 LAYERS = 3
 ALL = tuple(range(LAYERS))
 HEADS, GROUPS, WIDTH = 8, 2, 64
-
-
-@pytest.fixture
-def plan(monkeypatch) -> SimpleNamespace:
-    asked = SimpleNamespace(kept=Kept(), costs=[])
-
-    def layers(costs, rest, device, before):
-        asked.costs = costs
-        return asked.kept
-
-    monkeypatch.setattr(_Activation, "_memory_plan", lambda self: layers)
-    return asked
 
 
 def dense(gqa: bool, keeper: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,6 @@ from hf_turbo.patches import expanded_weights, kept_layers, tiling
 from peft import LoraConfig, get_peft_model
 
 import hf_turbo
-from hf_turbo.lifecycle import _Activation
 from hf_turbo.policies import tiling as policy
 from tests.models import batch, loss_and_gradients, quantised, switch_on, switched_off, tiny_model
 from tests.patches.test_parity import DRAWS, PRECISIONS, assert_rule, draws, run, squared_errors
@@ -165,14 +164,8 @@ def test_where_tiles_are(family, checkpointed, reentrant, memory, expected, coun
     assert counts["hidden"] == expected * 2 * 4
 
 
-def test_kept_layers_have_the_same_bits_and_the_size_that_was_measured(monkeypatch, counts):
-    asked: list[Any] = []
-
-    def plan(sizes: list[float], rest: Any, device: Any) -> int:
-        asked.append(sizes)
-        return 1
-
-    monkeypatch.setattr(_Activation, "_memory_plan", lambda self: plan)
+def test_kept_layers_have_the_same_bits_and_the_size_that_was_measured(monkeypatch, counts, plan):
+    plan.kept = kept_layers.Kept(1)
     model = switch_on(tiny_model("llama"))
     patch(model, "auto")
     first = loss_and_gradients(model, batch())
@@ -182,6 +175,7 @@ def test_kept_layers_have_the_same_bits_and_the_size_that_was_measured(monkeypat
     assert counts["hidden"] == (2 * 2 + 2 + 1) * 4
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(each, second[1][name]) for name, each in first[1].items())
+    asked = [each.whole for each in plan.costs]
     # What the same layer keeps without tiles: besides gate and up, what the tiled MLP saves is its input alike.
     hf_turbo.disable()
     monkeypatch.setattr(policy, "LONG", 10**6)
@@ -189,7 +183,7 @@ def test_kept_layers_have_the_same_bits_and_the_size_that_was_measured(monkeypat
     patch(other, "auto")
     loss_and_gradients(other, batch())
     stack, _ = kept_layers.PLACES[other.model.layers[0]]
-    assert asked[0] == [each.bytes for each in stack._measured]
+    assert asked == [each.bytes for each in stack._measured]
 
 
 def test_reverted_to_stock(counts):
