@@ -8,7 +8,7 @@ Each has its input and its weight cast by autocast. Here layers that are called 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -88,11 +88,20 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def _linears(model: Any) -> Iterator[tuple[str, nn.Linear]]:
+    """Those with float32 weights, but for those of adapters (lora.py) and the head (head.py, trl.py)."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    inside = {part for module in model.modules() if lora.is_adapter(module) for part in module.modules()}
+    for name, module in model.named_modules():
+        if stock_class(module) is not nn.Linear or module is head or module in inside:
+            continue
+        if isinstance(module.weight, nn.Parameter) and module.weight.dtype == torch.float32:
+            yield name, module
+
+
 def concerns(model: nn.Module, trainer: Any) -> bool:
     """Whether a trainer computes in 16 bits what float32 weights are part of."""
-    return trainer.accelerator.mixed_precision in ("bf16", "fp16") and any(
-        stock_class(module) is nn.Linear and module.weight.dtype == torch.float32 for module in model.modules()
-    )
+    return trainer.accelerator.mixed_precision in ("bf16", "fp16") and any(True for _ in _linears(model))
 
 
 def conflict(trainer: Any) -> str | None:
@@ -110,15 +119,9 @@ def conflict(trainer: Any) -> str | None:
 
 
 def find(model: Any) -> Finding:
-    """Class swaps for the linear layers, but for those of adapters (lora.py) and the head (head.py, trl.py)."""
+    """Class swaps for linear layers with float32 weights."""
     finding = Finding("autocast", "autocast_linear", Exactness.REASSOCIATED)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {part for module in model.modules() if lora.is_adapter(module) for part in module.modules()}
-    for name, module in model.named_modules():
-        if stock_class(module) is not nn.Linear or module is head or module in inside:
-            continue
-        if not isinstance(module.weight, nn.Parameter) or module.weight.dtype != torch.float32:
-            continue
+    for name, module in _linears(model):
         finding.found += 1
         if is_swapped(module):
             finding.patched += 1

@@ -229,7 +229,7 @@ def test_labels_on_padding_stay_stock(passes, tmp_path):
     """A collator that puts labels where the mask has none: stock trains on them, and so must we."""
 
     def make(folder: Path) -> Trainer:
-        trainer = make_plain(folder)
+        trainer = make_plain(folder, max_steps=20)  # the losses of two steps can be the same bits in all runs but one
         collator = trainer.data_collator
 
         def labelled(features: Any) -> Any:

@@ -3,8 +3,8 @@
 No run is compared by a tolerance of our choice. A training run magnifies the smallest difference, so each scenario also
 trains a third time: stock, from weights of which every one is off by one unit roundoff of the precision in use. How far
 that run departs from the first is what the scenario makes of a rounding error. The rule: the root mean square distance
-of turbo from stock, over all logged values of a name, is at most 3 times that. Each distance is one draw of chance;
-measured over all names and scenarios, turbo's is 0.2 to 1.4 times the other.
+of turbo from stock, over all logged values of a name, is at most 3 times that. Each distance is one draw of chance, and
+there are more where one is not enough; measured over all names and scenarios, turbo's is 0.2 to 1.4 times the other.
 
 A wrong gradient cannot hide: 1 % is 100,000 roundoffs in fp32. Adam divides a gradient's scale out of the weights, but
 the logged gradient norm shows it.
@@ -13,7 +13,7 @@ the logged gradient norm shows it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -28,7 +28,15 @@ from trl import SFTConfig, SFTTrainer
 
 import hf_turbo
 from tests.models import tiny_model
-from tests.training import distance, one_thread, padded_rows, perturb, prompts_and_completions, tokenizer
+from tests.training import (
+    distance,
+    one_thread,
+    padded_rows,
+    perturb,
+    prompts_and_completions,
+    tokenizer,
+    with_enough_draws,
+)
 
 STEPS, SAVE_STEPS = 100, 50
 ROWS, FACTOR = 48, 3
@@ -70,11 +78,11 @@ class Run:
         return torch.tensor([log[name] for log in self.logs if name in log and log["step"] > after]).double()
 
 
-def make_trainer(scenario: Scenario, folder: Path, perturbed: bool) -> Trainer:
+def make_trainer(scenario: Scenario, folder: Path, perturbed: int) -> Trainer:
     set_seed(0)
     model = tiny_model("qwen3" if scenario.trainer == "trainer" else "llama")
     if perturbed:
-        perturb(model, torch.bfloat16 if scenario.bf16 else torch.float32)
+        perturb(model, torch.bfloat16 if scenario.bf16 else torch.float32, perturbed)
     arguments = {
         "output_dir": str(folder),
         "max_steps": STEPS,
@@ -111,8 +119,9 @@ def make_trainer(scenario: Scenario, folder: Path, perturbed: bool) -> Trainer:
 
 
 def train(
-    scenario: Scenario, folder: Path, *, turbo: bool = False, perturbed: bool = False, resume: Path | None = None
+    scenario: Scenario, folder: Path, *, turbo: bool = False, perturbed: int = 0, resume: Path | None = None
 ) -> Run:
+    """`perturbed` is the seed of a perturbation, 0 for none."""
     trainer = make_trainer(scenario, folder, perturbed)
     batches, collate = [], trainer.data_collator
 
@@ -141,15 +150,18 @@ def train(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """(stock, stock from perturbed weights, turbo) of a scenario, made once."""
+    """(stock, turbo, stock from weights perturbed with a seed) of a scenario, each run made once."""
 
     @cache
-    def make(scenario: Scenario) -> tuple[Run, Run, Run]:
+    def make(scenario: Scenario) -> tuple[Run, Run, Callable[[int], Run]]:
         folder = tmp_path_factory.mktemp(str(scenario))
         skip_if_stock_cannot_run(scenario)
-        stock = train(scenario, folder / "stock")
-        perturbed = train(scenario, folder / "perturbed", perturbed=True)
-        return stock, perturbed, train(scenario, folder / "turbo", turbo=True)
+
+        @cache
+        def perturbed(seed: int) -> Run:
+            return train(scenario, folder / f"perturbed-{seed}", perturbed=seed)
+
+        return train(scenario, folder / "stock"), train(scenario, folder / "turbo", turbo=True), perturbed
 
     return make
 
@@ -176,16 +188,22 @@ def skip_if_stock_cannot_run(scenario: Scenario) -> None:
 # ------------------------------------------------------------------------------------------------ the rule
 
 
-def assert_no_drift(stock: Run, perturbed: Run, turbo: Run, names: set[str], after: int = 0) -> None:
-    """The rule of the module for curves; the floor is what a logged number cannot show."""
-    failures = []
-    for name in sorted(names):
-        a, b, c = (run.curve(name, after) for run in (stock, perturbed, turbo))
-        floor = torch.finfo(torch.float32).eps * a.abs().mean().item()
-        bound = FACTOR * distance(a, b) + floor
-        if not distance(a, c) <= bound:
-            failures.append(f"{name}: {distance(a, c):.3e} from stock, perturbed stock {distance(a, b):.3e}")
-    assert not failures, "\n".join(failures)
+def assert_no_drift(stock: Run, perturbed: Callable[[int], Run], turbo: Run, names: set[str], after: int = 0) -> None:
+    """The rule of the module for curves and final weights; the floor is what a logged number cannot show."""
+
+    def check(draws: list[Run]) -> None:
+        failures = []
+        for name in [*sorted(names), "final weights"]:
+            a, b, *others = (
+                vector(run) if name == "final weights" else run.curve(name, after) for run in (stock, turbo, *draws)
+            )
+            noise = torch.tensor([distance(a, other) for other in others]).square().mean().sqrt().item()
+            floor = 0.0 if name == "final weights" else torch.finfo(torch.float32).eps * a.abs().mean().item()
+            if not distance(a, b) <= FACTOR * noise + floor:
+                failures.append(f"{name}: {distance(a, b):.3e} from stock, perturbed stock {noise:.3e}")
+        assert not failures, "\n".join(failures)
+
+    with_enough_draws(perturbed, check)
 
 
 def vector(run: Run) -> torch.Tensor:
@@ -204,7 +222,7 @@ SCENARIOS = [
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_curves_and_weights(runs, scenario):
-    stock, perturbed, turbo = runs(scenario)
+    stock, turbo, perturbed = runs(scenario)
     # On a CPU the optimizer of torch is as fast.
     assert [row.role for row in turbo.report if not row.patched] == ["optimizer"]
     names = {name for log in stock.logs for name in log}
@@ -215,15 +233,13 @@ def test_curves_and_weights(runs, scenario):
     assert continuous <= names
     assert len(stock.curve("loss")) == STEPS
     assert_no_drift(stock, perturbed, turbo, continuous)
-    drift, noise = distance(vector(stock), vector(turbo)), distance(vector(stock), vector(perturbed))
-    assert drift <= FACTOR * noise, f"final weights: {drift:.3e} from stock, perturbed stock {noise:.3e}"
     assert stock.curve("loss")[-10:].mean() < stock.curve("loss")[:10].mean(), "nothing was learnt: nothing was tested"
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_what_must_not_change_at_all(runs, scenario):
     """Names of metrics, the order of samples, the schedule."""
-    stock, _, turbo = runs(scenario)
+    stock, turbo, _ = runs(scenario)
     assert len(turbo.logs) == len(stock.logs)
     for ours, theirs in zip(turbo.logs, stock.logs, strict=True):
         assert [name for name in ours if not name.startswith("turbo/")] == list(theirs)
@@ -237,7 +253,7 @@ def test_what_must_not_change_at_all(runs, scenario):
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_saved_files_know_nothing_of_hf_turbo(runs, scenario):
     """The same files with the same contents but for numbers, and no pickle that names a class of ours."""
-    stock, _, turbo = runs(scenario)
+    stock, turbo, _ = runs(scenario)
     for step in (SAVE_STEPS, STEPS):
         ours, theirs = (run.folder / f"checkpoint-{step}" for run in (turbo, stock))
         assert sorted(file.name for file in ours.iterdir()) == sorted(file.name for file in theirs.iterdir())
@@ -274,7 +290,7 @@ def assert_loads_as_stock(folder: Path, run: Run) -> None:
 @pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[1], SCENARIOS[4]], ids=str)
 @pytest.mark.parametrize("begun", ["stock", "turbo"])
 def test_a_run_begun_by_the_other_resumes_on_the_same_curve(runs, scenario, begun, tmp_path):
-    stock, perturbed, turbo = runs(scenario)
+    stock, turbo, perturbed = runs(scenario)
     half = (stock if begun == "stock" else turbo).folder / f"checkpoint-{SAVE_STEPS}"
     resumed = train(scenario, tmp_path, turbo=begun == "stock", resume=half)
     assert resumed.global_step == STEPS
@@ -282,5 +298,3 @@ def test_a_run_begun_by_the_other_resumes_on_the_same_curve(runs, scenario, begu
     # Stock fetches the batches of an epoch up to the one it resumes at, and drops them.
     assert resumed.batches[-SAVE_STEPS * 2 :] == stock.batches[-SAVE_STEPS * 2 :]
     assert_no_drift(stock, perturbed, resumed, {"loss", "grad_norm", "eval_loss"}, after=SAVE_STEPS)
-    drift, noise = distance(vector(stock), vector(resumed)), distance(vector(stock), vector(perturbed))
-    assert drift <= FACTOR * noise, f"final weights: {drift:.3e} from stock, perturbed stock {noise:.3e}"

@@ -19,6 +19,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -30,8 +31,8 @@ from hf_turbo.patches.engine import forward_of, is_swapped
 from torch import nn
 
 import hf_turbo
+from tests.fp64 import UNIT_ROUNDOFF, Errors, assert_rule, hold_to_rule, squared_errors
 from tests.models import Float64Mode, batch, quantised, switched_off, tiny_model, with_dense_weights
-from tests.patches.test_parity import UNIT_ROUNDOFF, Errors, assert_rule, squared_errors
 
 peft = pytest.importorskip("peft")
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -40,7 +41,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 
 pytestmark = pytest.mark.newest
 
-DRAWS = 10
 BF16 = torch.bfloat16
 SIZES = {"hidden_size": 64, "intermediate_size": 128}  # whole blocks of bitsandbytes
 
@@ -248,24 +248,27 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: bool = Fals
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_no_further_from_fp64_than_stock(case, ran):
-    draws: dict[str, tuple[list[Errors], list[Errors]]] = {precision: ([], []) for precision in case.precisions}
-    for seed in range(DRAWS):
-        inputs = batch(rows=4, seed=seed)
+    @cache
+    def pairs(seed: int) -> dict[str, tuple[Errors, Errors]]:
+        """By precision."""
+        inputs, found = batch(rows=4, seed=seed), {}
         made = case.make(seed)
         exact = with_dense_weights(made).double()
         with Float64Mode():
             reference = run(exact, inputs)
-        for precision, (turbo_draws, stock_draws) in draws.items():
+        for precision in case.precisions:
             model, autocast = case.into(precision, made), "autocast" in precision
-            stock_draws.append(squared_errors(run(model, inputs, autocast), reference))
+            stock = squared_errors(run(model, inputs, autocast), reference)
             ran.clear()
             with turbo(model):
                 results = run(model, inputs, autocast)
             assert ran == case.but.get(precision, case.runs), precision
             assert results.keys() == reference.keys()
-            turbo_draws.append(squared_errors(results, reference))
-    for precision, measured in draws.items():
-        assert_rule(precision, *measured, loss=True)
+            found[precision] = squared_errors(results, reference), stock
+        return found
+
+    for precision in case.precisions:
+        hold_to_rule(lambda seed, precision=precision: pairs(seed)[precision], loss=True)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -1033,22 +1036,23 @@ def test_a_4_bit_layer_settles_its_dtype_by_a_stock_call(ran):
     stock = get_peft_model(model, adapters(target_modules=["o_proj"])).train()
     model, exact = copy.deepcopy(stock), with_dense_weights(stock).double()
     run(stock, batch())
-    turbo_draws, stock_draws = [], []
     with turbo(model):
         run(model, batch())
         assert set(ran) <= {"add"}
         for ours, theirs in zip(model.modules(), stock.modules(), strict=True):
             if isinstance(ours, bitsandbytes.nn.Linear4bit):
                 assert (ours.compute_dtype, ours.bias.dtype) == (theirs.compute_dtype, theirs.bias.dtype)
-        for seed in range(DRAWS):
+
+        def draw(seed: int) -> tuple[Errors, Errors]:
             inputs = batch(rows=4, seed=seed)
             with Float64Mode():
                 reference = run(exact, inputs)
             ran.clear()
-            turbo_draws.append(squared_errors(run(model, inputs), reference))
+            ours = squared_errors(run(model, inputs), reference)
             assert ran == FUSED
-            stock_draws.append(squared_errors(run(stock, inputs), reference))
-    assert_rule("after the first call", turbo_draws, stock_draws, loss=True)
+            return ours, squared_errors(run(stock, inputs), reference)
+
+        hold_to_rule(draw, loss=True)
 
 
 # ------------------------------------------------------------------------------------------------ dropout
@@ -1280,10 +1284,10 @@ def test_another_autocast_between_members(ran):
     expected = _autocast_between(Layers(stock), x)
     assert [y.dtype for y in actual] == [y.dtype for y in expected] == [torch.float32, BF16, torch.float32]
     exact = ORDERS["in order"][0](Layers(copy.deepcopy(stock).double()), x.double())
-    named = [
+    ours, stocks, reference = (
         {name: y.detach() for name, y in zip("qkv", outputs, strict=True)} for outputs in (actual, expected, exact)
-    ]
-    assert_rule("autocast for k", *([squared_errors(each, named[2])] for each in named[:2]), loss=True)
+    )
+    assert_rule([(squared_errors(ours, reference), squared_errors(stocks, reference))], loss=True)
 
 
 def test_a_member_that_differs_is_computed_alone(ran):

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import hf_turbo
-from tests.models import batch, tiny_model
+from tests.models import batch, switched_off, tiny_model
 
 pytestmark = pytest.mark.newest
 
@@ -540,8 +540,7 @@ def test_a_training_logs_the_same(tmp_path, adapted):
         data = [{key: value[0] for key, value in batch(rows=1, seed=i).items()} for i in range(16)]
         runner = Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4], callbacks=[collect])
         if turbo:
-            others = ("norms", "mlp", "rope", "loss", "lora", "offload", "optimizer", "metrics", "report")
-            hf_turbo.enable(**dict.fromkeys(others, False), host=True)
+            hf_turbo.enable(**switched_off("host"), host=True)
         runner.train()
         if turbo:
             assert hf_turbo.report().process[0].patched == 4

@@ -1,23 +1,13 @@
 """Patched models of every family against stock ones, by the fp64 rule: the loss and the gradient of every parameter.
 
-The rule: err(turbo) <= 1.1 * err(stock) + one fp32 unit roundoff, where err is the relative error against stock code
-run in fp64 from the same weights, of many draws of model and batch taken as one vector.
-
-Why many draws: the error of one tensor in one draw is luck, above all in a norm's weight or a bias of a few elements,
-where ratios of 2 either way are common. Ten draws of a model of two layers make 20 of each tensor inside a layer. The
-worst ratio over all families, tensors and precisions is then 1.05 (1.00 with 40 draws), so 1.1 is no matter of luck,
-while a gradient that is off by 1 % is 10,000 times too far off in fp32. As one vector, and not as a mean of relative
-errors: where a gradient nearly cancels (a key's bias), its relative error is as large as chance wants. A loss is one
-number per draw, so losses of all families go together: 160 numbers.
-
-Weights are bf16 numbers in all three precisions, so that one fp64 run judges them all. The experts of mixtures are all
-used: a router that rounds another way picks other experts, which is an error of no size to speak of, but of any ratio.
+Weights are bf16 numbers in all three precisions, so that one fp64 run judges them all. A loss is one number per draw,
+so losses of all families go together. The experts of mixtures are all used: a router that rounds another way picks
+other experts, which is an error of no size to speak of, but of any ratio.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,12 +24,11 @@ from hf_turbo.patches import rope as rope_patches
 from transformers import PreTrainedModel
 
 import hf_turbo
+from tests.fp64 import DRAWS, Errors, assert_rule, assert_rule_on_average, hold_to_rule, squared_errors
 from tests.models import FAMILIES, STOCK_ROLES, batch, loss_and_gradients, reference64, tiny_model
 
 ROLES = ("norms", "mlp", "layers", "rope", "loss")
 PRECISIONS = ("fp32", "bf16", "autocast")
-DRAWS = 10
-UNIT_ROUNDOFF = torch.finfo(torch.float32).eps / 2
 
 # Written down, not derived: a family that is found or patched no longer must fail here.
 NORMS = {
@@ -61,9 +50,6 @@ NORMS = {
     "cohere2": 3,
 }
 MIXTURES = ("mixtral", "qwen3-moe")
-
-# By name of the tensor, "loss" among them: squared norm of the error, and of the reference.
-Errors = dict[str, tuple[float, float]]
 
 
 def found_objects(family: str) -> dict[str, int]:
@@ -97,50 +83,6 @@ def run(model: Any, inputs: dict[str, Any], autocast: bool = False) -> dict[str,
     return {"loss": loss.detach(), **gradients}
 
 
-def squared_errors(actual: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> Errors:
-    """Of the tensors in `actual`."""
-    errors = {}
-    for name, value in actual.items():
-        assert value.shape == reference[name].shape, name
-        difference = value.double() - reference[name]
-        errors[name] = difference.square().sum().item(), reference[name].square().sum().item()
-    return errors
-
-
-def pooled(draws: list[Errors]) -> dict[str, float]:
-    """Relative errors of draws taken together, and of layers, of which `*` takes the place of the number."""
-    sums: dict[str, tuple[float, float]] = {}
-    for errors in draws:
-        for name, (error, reference) in errors.items():
-            name = re.sub(r"\.\d+\.", ".*.", name)
-            total = sums.get(name, (0.0, 0.0))
-            sums[name] = total[0] + error, total[1] + reference
-    return {name: (error / reference) ** 0.5 for name, (error, reference) in sums.items()}
-
-
-def assert_rule(what: str, turbo_draws: list[Errors], stock_draws: list[Errors], loss: bool = False) -> None:
-    """The rule of the module for gradients, and for the loss if asked."""
-    actual, stock = pooled(turbo_draws), pooled(stock_draws)
-    assert actual.keys() <= stock.keys()
-    assert actual.keys() > {"loss"} or loss
-    failures = []
-    for name, error in actual.items():
-        # `not <=`: NaN must fail.
-        if (loss or name != "loss") and not error <= 1.1 * stock[name] + UNIT_ROUNDOFF:
-            failures.append(f"{name}: error {error:.3e}, stock {stock[name]:.3e}")
-    assert not failures, "\n".join([what, *failures])
-
-
-def assert_rule_on_average(what: str, measured: dict[str, tuple[list[Errors], list[Errors]]]) -> None:
-    """The rule for the mean over tensors of err(turbo) / err(stock); `measured`: (turbo, stock) by any name."""
-    ratios = []
-    for turbo_draws, stock_draws in measured.values():
-        actual, stock = pooled(turbo_draws), pooled(stock_draws)
-        ratios += [actual[name] / stock[name] for name in actual if name != "loss"]
-    mean = sum(ratios) / len(ratios)
-    assert mean <= 1.1, f"{what}: mean ratio of errors {mean:.3f}, worst {max(ratios):.3f}"
-
-
 @dataclass
 class Draw:
     """One model, one batch, their fp64 results and the errors of stock code."""
@@ -170,16 +112,16 @@ def make_draw(family: str, seed: int, inputs: dict[str, torch.Tensor], **changes
 
 
 @cache
-def draws(family: str) -> list[Draw]:
+def draw(family: str, seed: int) -> Draw:
     """Kept, as most of the time goes into fp64 and stock; about 1 MB each. `models` must be left as they were."""
     changes = {"num_experts_per_tok": 4} if family in MIXTURES else {}
-    return [make_draw(family, seed, batch(rows=4, seed=seed), **changes) for seed in range(DRAWS)]
+    return make_draw(family, seed, batch(rows=4, seed=seed), **changes)
 
 
 @cache
-def errors(family: str, precision: str) -> tuple[list[Errors], list[Errors]]:
-    """(turbo, stock) in all draws, with all roles patched."""
-    return [d.errors(precision) for d in draws(family)], [d.stock[precision] for d in draws(family)]
+def errors(family: str, precision: str, seed: int) -> tuple[Errors, Errors]:
+    """(turbo, stock) in one draw, with all roles patched."""
+    return draw(family, seed).errors(precision), draw(family, seed).stock[precision]
 
 
 # ------------------------------------------------------------------------------------------------ all families
@@ -233,14 +175,19 @@ def test_what_is_patched_runs_fused(family, precision, monkeypatch):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients(family, precision):
-    assert_rule(f"{family} {precision}", *errors(family, precision))
+    hold_to_rule(lambda seed: errors(family, precision, seed))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_losses(precision):
-    pools = [errors(family, precision) for family in FAMILIES]
-    turbo_losses, stock_losses = ([{"loss": e["loss"]} for pool in pools for e in pool[side]] for side in (0, 1))
-    assert_rule(precision, turbo_losses, stock_losses, loss=True)
+    def pair(seed: int) -> tuple[Errors, Errors]:
+        losses = [[each["loss"] for each in errors(family, precision, seed)] for family in FAMILIES]
+        turbo, stock = (
+            {"loss": (sum(e for e, _ in side), sum(r for _, r in side))} for side in zip(*losses, strict=True)
+        )
+        return turbo, stock
+
+    hold_to_rule(pair, loss=True)
 
 
 # ------------------------------------------------------------------------------------------------ each role alone
@@ -260,8 +207,7 @@ def test_one_role_alone(role, family):
     """Errors of one role must not hide behind those of the others."""
     with turbo(tiny_model(family), role) as report:
         assert {row.role for row in report.rows if row.patched} == {role}
-    turbo_errors = [draw.errors("fp32", role) for draw in draws(family)]
-    assert_rule(f"{role} of {family}", turbo_errors, [draw.stock["fp32"] for draw in draws(family)])
+    hold_to_rule(lambda seed: (draw(family, seed).errors("fp32", role), draw(family, seed).stock["fp32"]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
@@ -269,18 +215,21 @@ def test_one_role_alone(role, family):
 def test_one_role_alone_in_low_precision(role, precision):
     """All gradients of all its families together: with one role patched, most roundings are stock's own, but fall
     another way, all tensors' at once; ten draws of one family are then luck (1.12 for RoPE of glm4, 1.03 with 48)."""
-    measured = {
-        family: ([d.errors(precision, role) for d in draws(family)], [d.stock[precision] for d in draws(family)])
-        for family in ALONE[role]
-    }
-    assert_rule_on_average(f"{role} {precision}", measured)
+    draws = {family: [draw(family, seed) for seed in range(DRAWS)] for family in ALONE[role]}
+    assert_rule_on_average(
+        {family: [(d.errors(precision, role), d.stock[precision]) for d in some] for family, some in draws.items()}
+    )
 
 
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_with_few_experts_of_many(family):
     """Two of four experts a token, as such models are used; in fp32 the choice is the same one everywhere."""
-    some = [make_draw(family, seed, batch(rows=4, seed=seed)) for seed in range(DRAWS)]
-    assert_rule(family, [draw.errors("fp32") for draw in some], [draw.stock["fp32"] for draw in some])
+
+    def pair(seed: int) -> tuple[Errors, Errors]:
+        made = make_draw(family, seed, batch(rows=4, seed=seed))
+        return made.errors("fp32"), made.stock["fp32"]
+
+    hold_to_rule(pair)
 
 
 # ------------------------------------------------------------------------------------------------ frozen weights
@@ -301,17 +250,19 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 @pytest.mark.parametrize("family", SUBSET)
 def test_frozen_weights(family, frozen):
     """No gradient for what is frozen, and for the rest what it would have been."""
-    turbo_errors = []
-    for draw in draws(family):
-        model = copy.deepcopy(draw.models["fp32"])
+
+    def pair(seed: int) -> tuple[Errors, Errors]:
+        made = draw(family, seed)
+        model = copy.deepcopy(made.models["fp32"])
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not FROZEN[frozen](name))
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         with turbo(model):
-            results = run(model, draw.inputs)
+            results = run(model, made.inputs)
         assert results.keys() - {"loss"} == trained
-        turbo_errors.append(squared_errors(results, draw.reference))
-    assert_rule(f"{family}, frozen: {frozen}", turbo_errors, [draw.stock["fp32"] for draw in draws(family)])
+        return squared_errors(results, made.reference), made.stock["fp32"]
+
+    hold_to_rule(pair)
 
 
 # ------------------------------------------------------------------------------------------------ checkpointing
@@ -373,6 +324,10 @@ SHAPES: dict[str, Callable[[int], dict[str, torch.Tensor]]] = {
 }
 
 
+def without_key_bias(errors: Errors) -> Errors:
+    return {name: error for name, error in errors.items() if not name.endswith("k_proj.bias")}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_batches(shape):
     """In low precision on average only: few labels are few draws.
@@ -383,19 +338,15 @@ def test_shapes_of_batches(shape):
     families, count = ("gemma2", "glm4"), 3 * DRAWS if shape == "one label a row" else DRAWS
     some = {family: [make_draw(family, seed, SHAPES[shape](seed)) for seed in range(count)] for family in families}
 
-    def measure(family: str, precision: str) -> tuple[list[Errors], list[Errors]]:
-        return [d.errors(precision) for d in some[family]], [d.stock[precision] for d in some[family]]
+    def measure(family: str, precision: str) -> list[tuple[Errors, Errors]]:
+        return [(d.errors(precision), d.stock[precision]) for d in some[family]]
 
     for family in families:
         # A bias of keys adds the same to all scores of a query, where it is not rotated: what is measured of its
         # gradient is what rounding leaves of zero, and goes by the processor.
-        kept = [
-            [{name: error for name, error in draw.items() if not name.endswith("k_proj.bias")} for draw in draws_]
-            for draws_ in measure(family, "fp32")
-        ]
-        assert_rule(f"{family}, {shape}", *kept)
+        assert_rule([(without_key_bias(ours), without_key_bias(stock)) for ours, stock in measure(family, "fp32")])
     for precision in ("bf16", "autocast"):
-        assert_rule_on_average(f"{shape} {precision}", {family: measure(family, precision) for family in families})
+        assert_rule_on_average({family: measure(family, precision) for family in families})
 
 
 @pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(5)])

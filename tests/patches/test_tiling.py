@@ -14,8 +14,9 @@ from peft import LoraConfig, get_peft_model
 
 import hf_turbo
 from hf_turbo.policies import tiling as policy
+from tests.fp64 import Errors, hold_to_rule, squared_errors
 from tests.models import batch, loss_and_gradients, quantised, switch_on, switched_off, tiny_model
-from tests.patches.test_parity import DRAWS, PRECISIONS, assert_rule, draws, run, squared_errors
+from tests.patches.test_parity import PRECISIONS, draw, run
 
 ROWS = 16
 
@@ -64,13 +65,16 @@ def patch(model: Any, memory: str = "as_is", *roles: str) -> Any:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", ["llama-bias", "phi3"])
 def test_as_exact_as_stock(family, precision, counts):
-    errors = []
-    for draw in draws(family):
-        patch(draw.models[precision], "min_memory")  # which checkpoints
-        errors.append(squared_errors(run(draw.models[precision], draw.inputs, precision == "autocast"), draw.reference))
+    def pair(seed: int) -> tuple[Errors, Errors]:
+        made = draw(family, seed)
+        counts["hidden"] = 0
+        patch(made.models[precision], "min_memory")  # which checkpoints
+        results = run(made.models[precision], made.inputs, precision == "autocast")
         hf_turbo.disable()
-    assert counts["hidden"] == DRAWS * 2 * 2 * 6  # layers, directions, tiles
-    assert_rule(f"{family} {precision}", errors, [draw.stock[precision] for draw in draws(family)])
+        assert counts["hidden"] == 2 * 2 * 6  # layers, directions, tiles
+        return squared_errors(results, made.reference), made.stock[precision]
+
+    hold_to_rule(pair)
 
 
 def nf4(model: Any) -> Any:
