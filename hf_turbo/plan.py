@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hf_turbo.patches import checkpointing
+from hf_turbo.patches import checkpointing, lora
 
 from . import dry_run
 from .policies import checkpointing as offloading
@@ -144,7 +144,16 @@ class Planner:
         """
         if not run.checkpointing:
             return self.layers(run), ()
-        return footprint.layers_kept(self.footprint(run), self.layer_costs(run), total, run.memory)
+        needed = self.footprint(run)
+        needed = needed._replace(resident=needed.resident + self.stays_expanded(run, total))
+        return footprint.layers_kept(needed, self.layer_costs(run), total, run.memory)
+
+    def stays_expanded(self, run: Run, total: int) -> int:
+        """Bytes of 4-bit weights that stay expanded on a GPU of `total` bytes. A run that needs them gives them up."""
+        model, sizes = self.model(run)
+        expanded = lora.expanded_bytes(model)
+        free = total - footprint.CONTEXT - sizes.weights - sizes.adapters
+        return expanded if memory.keeps_expanded(expanded, free, run.memory) else 0
 
     def longest(self, run: Run, total: int) -> int:
         """The longest context that fits, with checkpointing; 0 where none does."""
@@ -200,6 +209,7 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
     fits = whole.needed <= total
     layers = planner.layers(run)
     kept = planner.layers_kept(run, total) if fits else _NOTHING
+    expanded = planner.stays_expanded(run, total) if fits else 0
     largest = max(planner.layer_sizes(run))
     longest = planner.longest(run, total)
     at_longest = dataclasses.replace(run, length=longest, checkpointing=True)
@@ -216,7 +226,8 @@ def describe(planner: Planner, run: Run, total: int) -> dict[str, Any]:
         "layers": layers,
         "layers_not_recomputed": kept[0],
         "layers_recomputed_without_attention": len(kept[1]),
-        "peak_bytes_with_them": planner.footprint(run, kept).peak,
+        "expanded_bytes": expanded,
+        "peak_bytes_with_them": planner.footprint(run, kept).peak + expanded,
         "host_bytes": _host_bytes(planner, run),
         "longest_context": longest,
         "host_bytes_at_longest_context": _host_bytes(planner, at_longest) if longest else 0,
@@ -285,13 +296,16 @@ def show(plan: dict[str, Any]) -> None:
     console.print(table)
     verdict = "fits" if fits else "does not fit"
     console.print(f"[{colour}]It {verdict} on a GPU of {_gib(total)} GiB.[/]")
+    if plan["expanded_bytes"]:
+        console.print(f"4-bit weights stay expanded there, in {_gib(plan['expanded_bytes'])} GiB of what is free.")
     if fits and run["checkpointing"] and run["memory"] in memory.SHARE_OF_FREE_MEMORY:
         attended = plan["layers_recomputed_without_attention"]
         console.print(
             f"Of {plan['layers']} layers {plan['layers_not_recomputed']} need no recomputation there"
-            f"{f', and {attended} none of attention' if attended else ''}; in tensors it is "
-            f"{_gib(plan['peak_bytes_with_them'])} GiB then."
+            f"{f', and {attended} none of attention' if attended else ''}."
         )
+    if plan["peak_bytes_with_them"] > plan["peak_bytes"]:
+        console.print(f"In tensors it is {_gib(plan['peak_bytes_with_them'])} GiB with all that.")
     console.print(f"A layer that is not recomputed keeps {plan['bytes_per_token_and_layer'] / 1024:.1f} KiB a token.")
     if plan["host_bytes"] >= _SHOWN:
         console.print(f"Up to {_gib(plan['host_bytes'])} GiB of host memory are used beside it.")
