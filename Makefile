@@ -26,10 +26,10 @@ demo-qlora: .venv/.installed
 
 # Kernels run under Triton's interpreter, and for real where there is a GPU, as do patches that need one.
 test: .venv/.installed .venv-oldest/.installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -m 'not gpu' -n $(JOBS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels -m 'not gpu' -n $(JOBS) --dist loadgroup
 	$(if $(shell command -v nvidia-smi),$(BIN)/pytest tests/kernels -m gpu && $(BIN)/pytest tests/patches -m gpu)
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/kernels -m 'not gpu' -n $(JOBS)
-	OMP_NUM_THREADS=1 $(OLDEST)/pytest tests/patches tests/hosts -m 'not gpu and not newest' -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests --ignore=tests/kernels -m 'not gpu' -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(OLDEST)/pytest tests/patches tests/hosts -m 'not gpu and not newest' -n $(JOBS) --dist loadgroup
 
 # kernels/ and patches/ are part of the package only once installed (see pyproject.toml), so mypy reads it installed.
 lint: .venv/.installed

@@ -24,6 +24,9 @@ def run(*command, cwd, **environment):
     return done.stdout
 
 
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """Built from a copy: a build writes into the source tree, and would pick up what an earlier build left there."""

@@ -26,6 +26,8 @@ from tests.models import FAMILIES, batch, quantised, switch_on, tiny_model
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from workloads import MODELS, WORKLOADS
 
+pytestmark = pytest.mark.xdist_group("plan")
+
 GIB = 2**30
 H100, H200 = round(79.2 * GIB), round(139.8 * GIB)
 

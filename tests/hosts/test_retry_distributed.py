@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 
 from tests.hosts.test_distributed import free_port, leave, set_up, start
 
-pytestmark = pytest.mark.newest
+pytestmark = [pytest.mark.newest, pytest.mark.xdist_group("retry_distributed")]
 
 BUCKET = {"ddp_bucket_cap_mb": 0.004, "ddp_timeout": 120}
 CHECKPOINTED = {"gradient_checkpointing": True}  # where DDP does not look for unused parameters, and sorts its buckets

@@ -220,7 +220,12 @@ SCENARIOS = [
 ]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def grouped(*scenarios: Scenario) -> list[Any]:
+    """The tests of one scenario share its runs, so they go to one process."""
+    return [pytest.param(each, id=str(each), marks=pytest.mark.xdist_group(str(each))) for each in scenarios]
+
+
+@pytest.mark.parametrize("scenario", grouped(*SCENARIOS))
 def test_curves_and_weights(runs, scenario):
     stock, turbo, perturbed = runs(scenario)
     # On a CPU the optimizer of torch is as fast.
@@ -236,7 +241,7 @@ def test_curves_and_weights(runs, scenario):
     assert stock.curve("loss")[-10:].mean() < stock.curve("loss")[:10].mean(), "nothing was learnt: nothing was tested"
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+@pytest.mark.parametrize("scenario", grouped(*SCENARIOS))
 def test_what_must_not_change_at_all(runs, scenario):
     """Names of metrics, the order of samples, the schedule."""
     stock, turbo, _ = runs(scenario)
@@ -250,7 +255,7 @@ def test_what_must_not_change_at_all(runs, scenario):
     assert turbo.scheduler == stock.scheduler
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+@pytest.mark.parametrize("scenario", grouped(*SCENARIOS))
 def test_saved_files_know_nothing_of_hf_turbo(runs, scenario):
     """The same files with the same contents but for numbers, and no pickle that names a class of ours."""
     stock, turbo, _ = runs(scenario)
@@ -287,7 +292,7 @@ def assert_loads_as_stock(folder: Path, run: Run) -> None:
             assert torch.equal(parameter, run.weights[name]), name
 
 
-@pytest.mark.parametrize("scenario", [SCENARIOS[0], SCENARIOS[1], SCENARIOS[4]], ids=str)
+@pytest.mark.parametrize("scenario", grouped(SCENARIOS[0], SCENARIOS[1], SCENARIOS[4]))
 @pytest.mark.parametrize("begun", ["stock", "turbo"])
 def test_a_run_begun_by_the_other_resumes_on_the_same_curve(runs, scenario, begun, tmp_path):
     stock, turbo, perturbed = runs(scenario)

@@ -287,6 +287,7 @@ def test_who_reads_an_attentions_input():
     assert not reads(Curious)
 
 
+@pytest.mark.xdist_group("parity")
 @pytest.mark.parametrize("frozen", ["norm", "q_proj", "k_proj", "mlp", "self_attn", "layers.0"])
 def test_frozen_parts(frozen):
     """No gradient for what is frozen; for the rest as near to fp64 as stock."""

@@ -27,6 +27,8 @@ import hf_turbo
 from tests.fp64 import DRAWS, Errors, assert_rule, assert_rule_on_average, hold_to_rule, squared_errors
 from tests.models import FAMILIES, STOCK_ROLES, batch, loss_and_gradients, reference64, tiny_model
 
+pytestmark = pytest.mark.xdist_group("parity")  # draws are kept
+
 ROLES = ("norms", "mlp", "layers", "rope", "loss")
 PRECISIONS = ("fp32", "bf16", "autocast")
 

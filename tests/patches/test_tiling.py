@@ -62,6 +62,7 @@ def patch(model: Any, memory: str = "as_is", *roles: str) -> Any:
 
 
 @pytest.mark.newest
+@pytest.mark.xdist_group("parity")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", ["llama-bias", "phi3"])
 def test_as_exact_as_stock(family, precision, counts):
