@@ -74,7 +74,7 @@ def assert_all_patched(path, roles=ROLES):
         assert 0 < row["found"] == row["patched"], (role, row)
 
 
-def assert_loop_patched(path):
+def assert_loop_patched(path, but=()):
     """A plain loop keeps the stock loss and padding unless asked by name: it may read the logits after the step."""
     rows = patched(path)
     assert set(rows) == ROLES
@@ -84,6 +84,10 @@ def assert_loop_patched(path):
     padding = rows.pop("padding")
     assert padding["patched"] == 0
     assert "padding=True leaves it out" in padding["reason"]
+    for role in but:
+        row = rows.pop(role)
+        assert row["patched"] == 0
+        assert f"{role}=False" in row["reason"]
     for role, row in rows.items():
         assert 0 < row["found"] == row["patched"], (role, row)
 
@@ -136,21 +140,6 @@ def test_environment_on_a_trl_script(run, tmp_path):
     assert_all_patched(report_of(tmp_path / "out"), ROLES | {"checkpointing", "memory"})  # TRL's default
 
 
-def test_environment_with_options(run, tmp_path):
-    run(sys.executable, SCRIPTS / "trainer.py", tmp_path / "out", HF_TURBO='{"rope": false}')
-    rows = patched(report_of(tmp_path / "out"))
-    assert rows["rope"]["patched"] == 0
-    assert "rope=False" in rows["rope"]["reason"]
-    assert all(rows[role]["patched"] > 0 for role in ROLES - {"rope"})
-
-
-def test_section_of_an_accelerate_config(run, config, tmp_path):
-    section = config("single", hf_turbo={"mlp": False})
-    run(PROGRAMS / "accelerate", "launch", "--config_file", section, SCRIPTS / "trainer.py", tmp_path / "out")
-    rows = patched(report_of(tmp_path / "out"))
-    assert [role for role, row in rows.items() if row["patched"] == 0] == ["mlp"]
-
-
 def test_section_of_the_shipped_ddp_config_on_two_processes(run, config, tmp_path):
     run(PROGRAMS / "accelerate", "launch", "--config_file", config("ddp"), SCRIPTS / "trainer.py", tmp_path / "out")
     assert_all_patched(report_of(tmp_path / "out"))
@@ -170,10 +159,10 @@ def test_hf_turbo_launch(run, config, tmp_path):
     assert_loop_patched(report)
 
 
-def test_accelerate_loop_without_a_trainer(run, tmp_path):
+def test_environment_with_options_on_a_loop_without_a_trainer(run, tmp_path):
     report = tmp_path / "report.json"
-    run(sys.executable, SCRIPTS / "accelerate_loop.py", HF_TURBO="1", HF_TURBO_REPORT=str(report))
-    assert_loop_patched(report)
+    run(sys.executable, SCRIPTS / "accelerate_loop.py", HF_TURBO='{"rope": false}', HF_TURBO_REPORT=str(report))
+    assert_loop_patched(report, but={"rope"})
 
 
 def test_installed_but_not_asked_for_is_stock(run, tmp_path):

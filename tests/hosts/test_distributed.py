@@ -9,6 +9,7 @@ weights that are all off by one unit roundoff, plus one unit in the last place.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import socket
@@ -42,6 +43,9 @@ def set_up(rank: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in environment.items()}, MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
+    import tests.training  # noqa: F401, with all host libraries
+
+    gc.freeze()  # as tests/conftest.py
 
 
 def leave() -> None:

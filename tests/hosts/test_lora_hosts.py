@@ -203,12 +203,8 @@ CURVES = [
     Curve("trainer", "fp32"),
     Curve("trainer", "fp32", bf16=True, reentrant=True),
     Curve("trainer", "nf4", reentrant=False),
-    Curve("trainer", "nf4-double", bf16=True),
-    Curve("trainer", "int8"),
     Curve("trainer", "int8", bf16=True, reentrant=False),
-    Curve("sft", "fp32", reentrant=True),
     Curve("sft", "fp32", bf16=True),
-    Curve("sft", "nf4"),
     Curve("sft", "nf4-double", bf16=True, reentrant=False),
 ]
 
