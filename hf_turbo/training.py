@@ -64,7 +64,7 @@ class Training:
         Args:
             copies_fit: whether memory for 16-bit copies of weights is plainly free.
         """
-        from hf_turbo.patches import accelerate, autocast, collectives, lora, prefetch, shadows
+        from hf_turbo.patches import accelerate, autocast, collectives, prefetch, shadows
         from hf_turbo.patches import trainer as trainer_patches
 
         if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -74,7 +74,7 @@ class Training:
             )
         self._page_optimizer()
         if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
-            self._shadows = shadows.Shadows(copies_fit, lora.merged(self._trainer.model))
+            self._shadows = shadows.Shadows(copies_fit)
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
         if self._prefetch is not None and prefetch.patch().can_apply():
             self._patches.append(prefetch.patch())
@@ -204,10 +204,11 @@ class Training:
 
     def _make_room(self, tries: int) -> str | None:
         """Less memory for the step that is done again, and for those to come; None where there is no way left."""
-        from hf_turbo.patches import checkpointing, expanded_weights, padding
+        from hf_turbo.patches import checkpointing, expanded_weights, lora, padding
 
         model = self._trainer.model
         padding.begin_again(self.models)
+        lora.forget_outputs()
         given_up = expanded_weights.give_up()
         if self._shadows is not None:
             given_up = self._shadows.tighten() or given_up

@@ -73,17 +73,24 @@ class Tie:
         return torch._C._will_engine_execute_node(self._node) and self._waiting.give(gradient)
 
 
-# By the id of a weight: the weight, the node of the last embedding with it, and what waits for that.
-_LAST: dict[int, tuple[weakref.ref[torch.Tensor], weakref.ref[Any], _Waiting]] = {}
+# By the id of a weight: the node of the last embedding with it, as long as that lives, and what waits for it. Nothing
+# refers to the weight itself, not weakly either: torch.utils.swap_tensors refuses such tensors.
+_LAST: dict[int, tuple[weakref.ref[Any], _Waiting]] = {}
 
 
 def tie_of(weight: torch.Tensor) -> Tie | None:
     """To the last embedding by `tied_embedding` with this weight, if its output is still there."""
     found = _LAST.get(id(weight))
-    if found is None or found[0]() is not weight or not weight.requires_grad or torch.compiler.is_compiling():
+    if found is None or not weight.requires_grad or torch.compiler.is_compiling():
         return None
-    node = found[1]()
-    return None if node is None else Tie(node, found[2])
+    node, waiting = found[0](), found[1]
+    return Tie(node, waiting) if node is not None and _weight_of(node) is weight else None
+
+
+def _weight_of(node: Any) -> torch.Tensor | None:
+    """The weight of an embedding, by its node in autograd's graph."""
+    accumulation = node.next_functions[1][0]
+    return getattr(accumulation, "variable", None)
 
 
 class _TiedEmbedding(torch.autograd.Function):
@@ -141,5 +148,10 @@ def tied_embedding(ids: torch.Tensor, weight: torch.Tensor, padding_idx: int | N
     y: torch.Tensor = _TiedEmbedding.apply(ids, weight, padding_idx, waiting)
     if y.grad_fn is not None:
         key = id(weight)
-        _LAST[key] = weakref.ref(weight, lambda _: _LAST.pop(key, None)), weakref.ref(y.grad_fn), waiting
+
+        def forget(reference: weakref.ref[Any]) -> None:
+            if key in _LAST and _LAST[key][0] is reference:
+                del _LAST[key]
+
+        _LAST[key] = weakref.ref(y.grad_fn, forget), waiting
     return y

@@ -59,6 +59,7 @@ def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
     kind = device_kind(x.device)
     if (
         weight is None
+        or "bias" not in module._parameters  # but a buffer
         or not torch.is_autocast_enabled(kind)
         or not is_plain(x, weight, bias)
         or weight.dtype != torch.float32

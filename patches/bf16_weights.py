@@ -6,7 +6,7 @@ checkpoint: it casts states to the dtype of the weights and reads none that it d
 no remainders: masters begin as the weights are.
 
 A remainder belongs to the weight that it was written with. Where somebody else has written the weight since, which its
-version tells, the master is what was written.
+version tells (but for writes to `weight.data`), the master is what was written.
 """
 
 from __future__ import annotations
@@ -81,6 +81,10 @@ class Bf16Weights:
         for param, state in remaindered:
             if self._versions.get(id(param), param._version) != param._version:
                 state[REMAINDER].zero_()
+                self._tell(
+                    "bf16_weights: something else than the optimizer wrote weights between steps, be it the bits that "
+                    "they had; their masters are what was written, and the 16 bits more are lost"
+                )
 
     def end_step(self, remaindered: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         for param, _ in remaindered:

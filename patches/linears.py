@@ -1,9 +1,9 @@
 """Plain linear layers that read the output of a norm: it is not kept for backward, but made again there.
 
-What a norm of decoder_layers.py returns is an ordinary tensor with a note: what it was made of. A linear layer that
-trains its weight and is given such a tensor keeps what the note says, which the norm keeps anyway, and not the tensor.
-Whoever else reads the tensor finds nothing unusual. Layers of one input (query, key and value; gate and up) are one
-function together, by the groups of lora.py: kernels/linears.py.
+What a norm of decoder_layers.py returns is an ordinary tensor, and what it was made of is noted beside it. A linear layer
+that trains its weight and is given such a tensor keeps what the note says, which the norm keeps anyway, and not the
+tensor. Whoever else reads, copies or saves the tensor finds nothing unusual. Layers of one input (query, key and value;
+gate and up) are one function together, by the groups of lora.py: kernels/linears.py.
 
 What is asked at every call: the class of nn.Linear, no hooks, plain weights of the input's dtype or autocast. Layers
 with adapters or packed weights are lora.py's.
@@ -24,22 +24,26 @@ from torch import nn
 from . import lora
 from .engine import Patch, has_hooks, is_live, is_plain, stock_class
 
-_NOTE = "_hf_turbo_made_of"
-
 
 class _Note(NamedTuple):
+    tensor: weakref.ref[torch.Tensor]
     source: Source
     version: int
 
 
+# By the id of a tensor, as long as it lives. Not on the tensor: its attributes are saved and copied with it.
+_NOTES: dict[int, _Note] = {}
+
+
 def note(y: torch.Tensor, source: Source) -> None:
     """Says what `y` was made of."""
-    setattr(y, _NOTE, _Note(source, y._version))
+    key = id(y)
+    _NOTES[key] = _Note(weakref.ref(y, lambda _: _NOTES.pop(key, None)), source, y._version)
 
 
 def _source_of(y: torch.Tensor) -> Source | None:
-    noted = getattr(y, _NOTE, None)
-    return noted.source if noted is not None and noted.version == y._version else None
+    noted = _NOTES.get(id(y))
+    return noted.source if noted is not None and noted.tensor() is y and noted.version == y._version else None
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -54,7 +58,8 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Module)
         and stock_class(module) is nn.Linear
         and not has_hooks(module)
-        and is_plain(module._parameters.get("weight"), module._parameters.get("bias"))
+        and "bias" in module._parameters  # or it is a buffer
+        and is_plain(module._parameters.get("weight"), module._parameters["bias"])
         and module._parameters.get("weight") is not None
         and module._parameters["weight"].numel() > 0  # type: ignore[union-attr]
     )

@@ -435,6 +435,10 @@ class Group:
         self._stash = _Stash(x, x._version, _mode(x), dict(zip(members[1:], outputs[1:], strict=True)))
         return outputs
 
+    def forget(self) -> None:
+        """Lets go of outputs that nobody has asked for yet."""
+        self._stash = None
+
     def _take(self, module: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         stash = self._stash
         if stash is None:
@@ -460,6 +464,12 @@ _GROUPS: weakref.WeakKeyDictionary[nn.Module, Group] = weakref.WeakKeyDictionary
 def group_of(module: nn.Module) -> Group | None:
     """The group that a layer is a member of."""
     return _GROUPS.get(module)
+
+
+def forget_outputs() -> None:
+    """After a pass that failed: what some layers have computed for others, which were not called any more."""
+    for group in set(_GROUPS.values()):
+        group.forget()
 
 
 def _is_ours(module: nn.Module) -> bool:
@@ -627,18 +637,8 @@ def _conflict(module: Any) -> str | None:
 def end_training() -> None:
     """Lets go of the weights that recipes hold, so that a model which is moved then leaves nothing behind."""
     _RECIPES.clear()
+    forget_outputs()
     expanded_weights.let_go()
-
-
-def merged(model: nn.Module) -> Callable[[], bool]:
-    """What says whether any of the LoRA layers that the model has now is merged into its weights."""
-    layers = [weakref.ref(module) for module in model.modules() if is_adapter(module)]
-
-    def is_merged() -> bool:
-        alive = [layer() for layer in layers]
-        return any(layer.__dict__.get("merged_adapters") for layer in alive if layer is not None)
-
-    return is_merged
 
 
 def concerns(model: nn.Module) -> bool:

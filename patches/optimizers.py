@@ -86,29 +86,31 @@ class _Bucket:
     tables: MultiTensorAdamW
     counts: list[Any] | None
 
-    def steps(self, given: list[bool] | None) -> list[float] | float | None:
-        """Counts the step of each tensor that has a gradient."""
+    def next_steps(self, given: list[bool] | None) -> list[float] | float | None:
+        """The step that each tensor with a gradient makes, one number where it is the same for all."""
         if self.counts is None:
             return None
-        in_states = isinstance(self.counts[0], dict)
-        steps = list(map(itemgetter("step") if in_states else attrgetter("value"), self.counts))
+        steps = list(map(itemgetter("step") if self._in_states else attrgetter("value"), self.counts))
         if given is None and steps.count(steps[0]) == len(steps):
-            step = steps[0] + 1
-            if in_states:
-                for state in self.counts:
-                    state["step"] = step
-            else:
-                for cell in self.counts:
-                    cell.value = step
-            return step
+            return steps[0] + 1
+        return [step + 1 for step in steps]
+
+    def count(self, steps: list[float] | float | None, given: list[bool] | None) -> None:
+        """Writes down that the steps are made."""
+        if self.counts is None or steps is None:
+            return
         for i, count in enumerate(self.counts):
-            steps[i] += 1
-            if given is None or given[i]:
-                if in_states:
-                    count["step"] = steps[i]
-                else:
-                    count.value = steps[i]
-        return steps
+            step = steps[i] if isinstance(steps, list) else steps
+            if given is not None and not given[i]:
+                continue
+            if self._in_states:
+                count["step"] = step
+            else:
+                count.value = step
+
+    @property
+    def _in_states(self) -> bool:
+        return self.counts is not None and isinstance(self.counts[0], dict)
 
 
 @dataclass
@@ -158,12 +160,23 @@ class _Stepper:
         self._noted: set[str] = set()
         self._plan: _Plan | None = None
 
-    def step(self, optimizer: Optimizer) -> bool:
-        """One step, or False where it is stock's."""
+    def step(self, optimizer: Optimizer, closure: Any) -> bool:
+        """One step, or False where it is stock's.
+
+        Raises:
+            RuntimeError: it would be, and bf16 weights are trained with something that stock has not.
+        """
         try:
+            if closure is not None:
+                raise _NotUnderstood("it is given a closure")
             self._step(optimizer)
         except _NotUnderstood as error:
             reason = str(error)
+            if self.weights.choice != "as_is" and has_bf16(optimizer):
+                raise RuntimeError(
+                    f"hf_turbo: bf16_weights={self.weights.choice!r} was asked for but a step of "
+                    f"{type(optimizer).__name__} cannot have it: {reason}. Use bf16_weights='as_is' to go on without it"
+                ) from None
             if reason not in self._noted:
                 self._noted.add(reason)
                 self._note(f"{type(optimizer).__name__}: stock for a step or more: {reason}")
@@ -212,11 +225,13 @@ class _Stepper:
                 some = [grads[i] for i in bucket.indices]
                 some_addresses = [addresses[i] for i in bucket.indices]
             with_grad = None if len(given) == len(grads) else [grad is not None for grad in some]
-            bucket.tables.update(some, rates, bucket.steps(with_grad), some_addresses)
-        written = params
-        if len(given) < len(grads):
-            written = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
-        torch.autograd.graph.increment_version(written)  # states belong to no graph
+            steps = bucket.next_steps(with_grad)
+            bucket.tables.update(some, rates, steps, some_addresses)
+            # Bucket by bucket: where memory runs out in a later one, versions say that the step has begun (retry.py).
+            # States belong to no graph.
+            indices = range(len(params)) if bucket.indices is None else bucket.indices
+            torch.autograd.graph.increment_version([params[i] for i in indices if grads[i] is not None])
+            bucket.count(steps, with_grad)
         self.weights.end_step(plan.remaindered)
         if tell_lost is not None:
             tell_lost(int(max(float(state["step"]) for state in plan.states)))
@@ -455,7 +470,7 @@ def _same_name_subclass(base: type) -> type:
     def step(self: Any, closure: Any = None) -> Any:
         stepper = _PATCHED.get(self)
         if stepper is not None:
-            if closure is None and is_live() and stepper.step(self):
+            if is_live() and stepper.step(self, closure):
                 return None
             stepper.weights.give_way(self)
         return stock(self, closure)

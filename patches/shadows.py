@@ -6,9 +6,9 @@ once are cast together when the step begins, where memory is plainly free, and l
 Kernels and patches find the copies by `kernels/_weights.py`.
 
 A copy is handed out as long as its weight is the same object, at the same address, of the same version. That does not
-show every write (`weight.data.add_()` changes none of these), so a copy lives no longer than a step, and only what
-`Trainer.training_step` computes with gradients sees it: evaluation, generation and callbacks do not. One kind lives
-longer: copies of frozen weights that lose nothing, as the checkpoint had 16 bits. They are looked at by the same test.
+show every write (`weight.data.add_()` changes none of these), so a copy lives no longer than a step, of frozen weights
+neither, and only what `Trainer.training_step` computes with gradients sees it: evaluation, generation and callbacks do
+not.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ Fits = Callable[[int, float | None, torch.device], bool]
 class _Cast:
     """Casts of one weight in the present step, and the copy of it if there is one."""
 
-    __slots__ = ("_address", "_dtype", "_version", "_weight", "count", "is_lossless", "low")
+    __slots__ = ("_address", "_dtype", "_version", "_weight", "count", "low")
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
         self._weight, self._dtype, self.count = weakref.ref(weight), dtype, 0
         self._version, self._address = 0, 0
         self.low: torch.Tensor | None = None
-        self.is_lossless: bool | None = None  # as far as looked at
 
     @property
     def weight(self) -> torch.Tensor | None:
@@ -69,18 +68,17 @@ class Shadows:
 
     Args:
         fits: whether memory for so many bytes of copies is plainly free.
-        is_merged: whether adapters are merged into frozen weights, which PEFT does by writing to `weight.data`.
 
     Attributes:
-        steps: that had copies. bytes: of all copies, at most. lasting: frozen weights whose copies stayed.
+        steps: that had copies. bytes: of all copies, at most.
     """
 
-    def __init__(self, fits: Fits, is_merged: Callable[[], bool] = lambda: False):
-        self._fits, self._is_merged, self._casts = fits, is_merged, dict[int, _Cast]()
+    def __init__(self, fits: Fits):
+        self._fits, self._casts = fits, dict[int, _Cast]()
         self._is_begun = self._is_refused = False
         self._is_known = False  # whether a whole step has shown what is cast, and what memory it takes
-        self._held = 0  # bytes of the last copies that did not stay
-        self.steps = self.bytes = self.lasting = 0
+        self._held = 0  # bytes of the last copies
+        self.steps = self.bytes = 0
 
     # ------------------------------------------------------------------------------------------------ what asks
 
@@ -119,8 +117,7 @@ class Shadows:
         self._is_known = self._is_known or self._is_begun
         self._is_begun = False
         for cast in self._casts.values():
-            if not cast.is_lossless:
-                cast.low = None
+            cast.low = None
 
     def tighten(self) -> bool:
         """After memory ran out: no copies any more. False where there were none."""
@@ -134,54 +131,31 @@ class Shadows:
         alive = [(cast, cast.weight) for cast in self._casts.values() if cast.count > 1]
         again = [(cast, weight) for cast, weight in alive if weight is not None]
         self._casts = {id(weight): cast for cast, weight in again}
-        is_stale = any(cast.low is not None for cast, _ in again) and self._is_merged()
-        for cast, weight in again:
+        for cast, _ in again:
             cast.count = 0
-            if is_stale or not cast.is_current(weight):
-                cast.low = cast.is_lossless = None
         if self._is_refused or not self._is_known or not again:
             return
-        missing = [cast for cast, _ in again if cast.low is None]
-        lasting = sum(cast.bytes for cast, _ in again if cast.low is not None)
-        total, device = lasting + sum(cast.bytes for cast in missing), again[0][1].device
+        total, device = sum(cast.bytes for cast, _ in again), again[0][1].device
         allocated, peak = device_memory.allocated(device), device_memory.peak_allocated(device)
         # Among the peak are copies of an earlier step.
         rest = None if allocated is None or peak is None else max(peak - allocated - self._held, 0)
-        if not self._fits(total - lasting, rest, device):
+        if not self._fits(total, rest, device):
             self._held = 0
             return
         try:
-            _fill(missing)
+            _fill([cast for cast, _ in again])
         except torch.OutOfMemoryError:
             self.tighten()
             return
-        self._look_for_lossless(missing)
-        self._held = total - lasting
+        self._held = total
         self.steps += 1
         self.bytes = max(self.bytes, total)
-        self.lasting = sum(bool(cast.is_lossless) for cast, _ in again)
-
-    @staticmethod
-    @torch.no_grad()
-    def _look_for_lossless(casts: list[_Cast]) -> None:
-        """Which copies of frozen weights lose nothing: one wait for the device, in the first step that has copies."""
-        new = [each for each in casts if each.is_lossless is None]
-        flags = []
-        for cast in new:
-            weight, low = cast.weight, cast.low
-            cast.is_lossless = False
-            if weight is not None and low is not None and not weight.requires_grad:
-                flags.append((cast, (low == weight).all()))
-        if flags:
-            for (cast, _), flag in zip(flags, torch.stack([flag for _, flag in flags]).tolist(), strict=True):
-                cast.is_lossless = flag
 
     def note(self) -> str | None:
         """What is worth saying of them at the end of the training."""
         if not self.steps:
             return None
-        lasting = f"; {self.lasting} of frozen weights stayed, and lose nothing" if self.lasting else ""
-        return f"16-bit copies of weights, {self.bytes / 2**30:.2f} GiB, in {self.steps} steps{lasting}"
+        return f"16-bit copies of weights, {self.bytes / 2**30:.2f} GiB, in {self.steps} steps"
 
 
 @torch.no_grad()

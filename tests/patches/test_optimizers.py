@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from hf_turbo.patches import engine, optimizers
+from hf_turbo.kernels.adamw import MultiTensorAdamW
+from hf_turbo.patches import engine, optimizers, retry
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
@@ -773,3 +774,40 @@ def test_trainer(tmp_path, optim):
     resumed = trainer(tmp_path / "resumed", optim=optim)
     resumed.train(resume_from_checkpoint=str(tmp_path / "turbo" / "checkpoint-2"))
     assert curve(resumed)[-2:] == pytest.approx([pytest.approx(point, rel=2e-4) for point in curve(stock)[-2:]])
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_memory_that_runs_out_in_a_step(failing, patch, monkeypatch):
+    """Before anything has changed the step is made again; where one of two buckets has been updated, it is an error."""
+    update, calls = MultiTensorAdamW.update, []
+
+    def run(fail_at: int) -> tuple[list[torch.Tensor], list[float]]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8).bfloat16())]
+        optimizer = torch.optim.AdamW(params, lr=1e-2)
+        patch(optimizer)
+        calls.clear()
+
+        def faulty(self: Any, *args: Any) -> None:
+            calls.append(1)
+            if len(calls) == fail_at:
+                raise torch.OutOfMemoryError("CUDA out of memory. By intent")
+            update(self, *args)
+
+        monkeypatch.setattr(MultiTensorAdamW, "update", faulty)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+            retry.step_optimizer(optimizer, optimizer.step, lambda where: None)
+        return params, [float(optimizer.state[param]["step"]) for param in params]
+
+    expected, steps = run(0)
+    assert steps == [3, 3]
+    if failing:
+        with pytest.raises(torch.OutOfMemoryError, match="some weights were updated and others were not"):
+            run(4)
+        return
+    params, steps = run(3)
+    assert steps == [3, 3]
+    assert all(torch.equal(one, other) for one, other in zip(params, expected, strict=True))
