@@ -1,6 +1,6 @@
 """Plain linear layers that read the output of a norm: it is not kept for backward, but made again there.
 
-What a norm of decoder_layers.py returns is an ordinary tensor, and what it was made of is noted beside it. A linear layer
+What a norm of decoder_layers.py returns is an ordinary tensor; what it was made of is noted beside it. A linear layer
 that trains its weight and is given such a tensor keeps what the note says, which the norm keeps anyway, and not the
 tensor. Whoever else reads, copies or saves the tensor finds nothing unusual. Layers of one input (query, key and value;
 gate and up) are one function together, by the groups of lora.py: kernels/linears.py.

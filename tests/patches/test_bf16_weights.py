@@ -18,6 +18,7 @@ from hf_turbo.kernels import _bf16_weights as kernel
 from hf_turbo.patches import engine, optimizers
 from hf_turbo.patches.bf16_weights import REMAINDER
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
 import hf_turbo
@@ -175,8 +176,9 @@ def test_stock_goes_on_from_exact_masters_and_back(device, patch, maker):
 def test_weights_that_somebody_writes_are_the_masters(patch):
     model = Model(CPU, BF16)
     optimizer = torch.optim.AdamW(model.groups(), lr=1e-4)
-    patch(optimizer, "exact_master")
+    notes, _ = patch(optimizer, "exact_master")
     train(model, optimizer, range(3))
+    assert not notes
     with torch.no_grad():
         model.a.copy_(torch.ones_like(model.a))
     kept = optimizer.state[model.d][REMAINDER].clone()
@@ -186,18 +188,27 @@ def test_weights_that_somebody_writes_are_the_masters(patch):
     train(model, optimizer, range(3, 4))
     assert not bool(optimizer.state[model.a][REMAINDER].any())
     assert torch.equal(optimizer.state[model.d][REMAINDER], kept)
+    assert len(notes) == 1
+    assert "their masters are what was written" in notes[0]
 
 
 @pytest.mark.parametrize("maker", ["torch", "torch-fused", "bnb-8bit"])
-def test_stock_steps_in_between(patch, maker):
-    """A closure, and patches that are reverted: stock finds states of its own."""
+def test_steps_that_are_stocks(patch, maker):
+    """While masters are asked for they are an error; once all is reverted stock finds states of its own."""
     model = Model(CPU, BF16)
     optimizer = MAKERS[maker](model.groups(), lr=1e-4)
-    notes, revert = patch(optimizer, "exact_master")
+    _, revert = patch(optimizer, "exact_master")
     train(model, optimizer, range(2))
-    optimizer.step(lambda: None)
-    assert len(notes) == 1
-    assert "rounded" in notes[0]
+    weight, rest = model.a.clone(), optimizer.state[model.a][REMAINDER].clone()
+    with pytest.raises(RuntimeError, match="cannot have it: it is given a closure"):
+        optimizer.step(lambda: None)
+    with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="something watches the operations"):
+        optimizer.step()
+    assert torch.equal(model.a, weight)
+    assert torch.equal(optimizer.state[model.a][REMAINDER], rest)
+    engine.switch(False)
+    optimizer.step()
+    engine.switch(True)
     assert REMAINDER not in optimizer.state[model.a]
     train(model, optimizer, range(2, 4))
     assert bool(optimizer.state[model.a][REMAINDER].any())

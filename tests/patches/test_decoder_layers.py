@@ -5,13 +5,17 @@ That all gradients of all families are no further from fp64 than stock's is test
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
+import io
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from hf_turbo.kernels import linears as kernel
-from hf_turbo.patches import checkpointing, decoder_layers, linears, norms
+from hf_turbo.patches import checkpointing, decoder_layers, linears, lora, norms
 from torch import nn
 
 import hf_turbo
@@ -182,6 +186,66 @@ def test_hooks_run_as_in_stock(place, kind):
     assert len(seen) == len(expected) > 0
     torch.testing.assert_close(seen, expected)
     torch.testing.assert_close(gradients, stock)
+
+
+def test_what_an_attention_reads_may_be_saved():
+    """As what it is, without what it was made of."""
+    seen = []
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hf_turbo.patch_model(model, **ONLY)
+    loss_and_gradients(model, batch())
+    file = io.BytesIO()
+    torch.save(seen[0].detach(), file)
+    plain = file.tell()
+    file = io.BytesIO()
+    torch.save(seen[0], file)
+    assert file.tell() <= plain + 500
+    file.seek(0)
+    assert torch.equal(torch.load(file), seen[0])
+
+
+def test_biases_that_are_buffers():
+    model, inputs = tiny_model("llama-bias"), batch()
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "up_proj")):
+            bias = module.bias.detach()
+            del module.bias
+            module.register_buffer("bias", bias)
+    loss, stock = loss_and_gradients(model, inputs)
+    stock = {name: gradient.clone() for name, gradient in stock.items()}
+    hf_turbo.patch_model(model, **switched_off("layers", "mlp"))
+    ours, gradients = loss_and_gradients(model, inputs)
+    torch.testing.assert_close(ours, loss)
+    torch.testing.assert_close(gradients, stock)
+
+
+def test_a_pass_that_failed_is_let_go():
+    """What query's turn has computed for key and value, whose turns do not come."""
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor):
+            self.tensor = tensor.detach()
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        saved = Saved(tensor)
+        alive.add(saved)
+        return saved
+
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    model, alive = tiny_model("qwen3"), weakref.WeakSet()
+    hf_turbo.patch_model(model, **ONLY)
+    model.model.layers[1].self_attn.q_norm.register_forward_pre_hook(fail)
+    watched = torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
+    with contextlib.suppress(torch.OutOfMemoryError), watched:
+        model(**batch())
+    gc.collect()
+    assert alive
+    lora.forget_outputs()
+    gc.collect()
+    assert not alive
 
 
 def test_changed_in_place_is_no_longer_what_the_norm_gave():

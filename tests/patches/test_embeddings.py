@@ -109,3 +109,15 @@ def test_frozen_and_trained_in_turns(left):
     model.model.embed_tokens.max_norm = 1.0
     results(model)
     assert len(left) == 2
+
+
+def test_the_weight_may_be_swapped():
+    """torch.utils.swap_tensors refuses tensors that something refers to weakly; and no gradient waits for ever."""
+    model = tiny_model("llama", **TIED)
+    patched(model)
+    results(model)
+    assert not tied_embedding._LAST
+    weight = model.model.embed_tokens.weight
+    other = nn.Parameter(weight.detach() + 1)
+    torch.utils.swap_tensors(weight, other)
+    assert torch.equal(model.lm_head.weight, other + 1)
