@@ -63,6 +63,9 @@ class TurboConfig:
             the computation; "auto" where the copies hide behind it.
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
+        optimizer_in_backward: the optimizer steps within backward, a bucket of gradients at a time, which are let go
+            of then: gradients of full fine-tuning never stand in memory all at once. For `Trainer` and its kin, with
+            `max_grad_norm=0` and without gradient accumulation, in one process.
         bf16_weights: what AdamW of torch or bitsandbytes trains bf16 weights with. "as_is": updates smaller than what a
             weight is rounded to are lost, and the report says how many. "exact_master": each weight and 16 more bits
             are together the fp32 weight of an fp32 run, and torch's averages are fp32, too. "stochastic_rounding":
@@ -93,6 +96,7 @@ class TurboConfig:
     checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"
+    optimizer_in_backward: bool = False
     bf16_weights: Bf16Weights = "as_is"
     host: Choice = "auto"
     memory: Memory = "auto"

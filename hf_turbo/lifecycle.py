@@ -371,9 +371,10 @@ class _Activation:
         asked: dict[str, tuple[Any, str]] = {} if weights == "as_is" else {"bf16_weights": (weights, "as_is")}
         asked |= {"optimizer": (True, "auto")} if self.config.optimizer is True else {}
         optimizer, on_cpu = optimizers.unwrapped(optimizer), bool(asked)
-        for trainer, training in self.training.items():
-            if getattr(trainer, "accelerator", None) is accelerator:
-                training.optimizer_made(optimizer)
+        found = (trainer for trainer in self.training if getattr(trainer, "accelerator", None) is accelerator)
+        trainer = next(found, None)
+        if trainer is not None:
+            self.training[trainer].optimizer_made(optimizer)
         conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
         name = type(optimizer).__name__
         finding = optimizers.find(optimizer, self.report.notes.append, on_cpu, weights, self._seed(accelerator))
@@ -385,6 +386,10 @@ class _Activation:
                 f"Use {option}={other!r} to go on without it"
             )
         self.report.models[id(optimizer)] = [row]
+        is_trained = trainer is None or optimizers.unwrapped(trainer.optimizer) is optimizer
+        if self.config.optimizer_in_backward and is_trained:
+            training = None if trainer is None else self.training[trainer]
+            self.report.models[id(optimizer)].append(_step_in_backward(training, optimizer, name))
 
     def _seed(self, accelerator: Any) -> int:
         """Of what is drawn for weights, which all processes have to draw alike."""
@@ -433,6 +438,20 @@ class _Activation:
                 self._patches.remove(patch)
             _revert(earlier, self.report)
         return Row(model_name, role, finding.found, patched, finding.kernel, finding.exactness.value, reason)
+
+
+def _step_in_backward(training: Training | None, optimizer: Any, name: str) -> Row:
+    """Has an optimizer step within backward, which is asked for by name.
+
+    Raises:
+        RuntimeError: it cannot be had.
+    """
+    from .training import not_in_backward
+
+    if training is None:
+        raise not_in_backward("a loop of your own may look at gradients, or go backward more than once a step")
+    finding = training.step_in_backward(optimizer)
+    return Row(name, finding.role, finding.found, finding.patched, finding.kernel, finding.exactness.value)
 
 
 def _processes_on_host() -> int:

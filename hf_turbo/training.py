@@ -12,7 +12,7 @@ from torch import nn
 if TYPE_CHECKING:
     import torch
 
-    from hf_turbo.patches.engine import Patch
+    from hf_turbo.patches.engine import Finding, Patch
     from hf_turbo.patches.paged_optimizers import PagedOptimizer
     from hf_turbo.patches.shadows import Shadows
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from .reports import Report
 
 _ENDED = "ended:"  # begins the last line that a process has for the others
+
+
+def not_in_backward(reason: str) -> RuntimeError:
+    """What to raise where optimizers do not step within backward."""
+    return RuntimeError(
+        f"hf_turbo: optimizer_in_backward=True was asked for but cannot be had: {reason}. Use "
+        "optimizer_in_backward=False to go on without it"
+    )
 
 
 class Training:
@@ -64,7 +72,7 @@ class Training:
         Args:
             copies_fit: whether memory for 16-bit copies of weights is plainly free.
         """
-        from hf_turbo.patches import accelerate, autocast, collectives, prefetch, shadows
+        from hf_turbo.patches import accelerate, autocast, collectives, optimizer_in_backward, prefetch, shadows
         from hf_turbo.patches import trainer as trainer_patches
 
         if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -72,6 +80,10 @@ class Training:
                 f"hf_turbo: bf16_weights={self._config.bf16_weights!r} was asked for but cannot be had: DeepSpeed "
                 "steps by itself, and keeps fp32 masters. Use bf16_weights='as_is' to go on without it"
             )
+        if self._config.optimizer_in_backward:
+            against = optimizer_in_backward.conflict(self._trainer)
+            if against is not None:
+                raise not_in_backward(against)
         self._page_optimizer()
         if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
             self._shadows = shadows.Shadows(copies_fit)
@@ -102,7 +114,8 @@ class Training:
         states = optimizers.state_bytes(optim, trained, self._config.bf16_weights == "exact_master")
         sizes = paged_optimizers.sizes_of_pass(trainer)
         weights = paged_optimizers.bytes_elsewhere(trainer.model, device)
-        gradients = footprint.gradient_bytes(trained)
+        in_backward = self._config.optimizer_in_backward
+        gradients = optimizers.standing_bytes(trained) if in_backward else footprint.gradient_bytes(trained)
         if optimizers.fits(states, gradients, optimizers.least_pass_bytes(*sizes), weights, free):
             return
         said = f"the states of {optim}, {states / 2**30:.1f} GiB, do not fit beside the rest"
@@ -122,6 +135,26 @@ class Training:
         """The trainer is about to prepare its optimizer."""
         if self._paging is not None:
             self._paging.made(optimizer)
+
+    def step_in_backward(self, optimizer: Any) -> Finding:
+        """Has the trainer's optimizer, which is about to be prepared, step within backward.
+
+        Raises:
+            RuntimeError: it cannot be had.
+        """
+        from hf_turbo.patches import optimizer_in_backward
+
+        from .policies import optimizers
+
+        params = (each for group in optimizer.param_groups for each in group["params"] if each.requires_grad)
+        size = optimizers.bucket_bytes(sum(each.nbytes for each in params))
+        finding = optimizer_in_backward.find(self._trainer, optimizer, size, self._report.notes.append)
+        for reason in finding.reasons:
+            raise not_in_backward(reason)
+        for patch in finding.patches:
+            patch.apply()
+            self._patches.append(patch)
+        return finding
 
     @property
     def models(self) -> list[nn.Module]:

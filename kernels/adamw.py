@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -529,6 +530,7 @@ class MultiTensorAdamW:
         # Wide loads need sizes and addresses that allow them; tensors that do not are slow, and make the others slow.
         self._aligned = are_aligned([value for column in (*columns[:4], rest) for value in column])
         self._chunks = chunk_table(numels, _CHUNK, self.device)
+        self._ends = list(accumulate(cdiv(numel, _CHUNK) for numel in numels))
         self._pointers = _on_device(list(zip(*columns, strict=True)), torch.int64, self.device)
         self._groups = _on_device(groups, torch.int32, self.device)
         self._steps = _on_device(addresses_of(steps), torch.int64, self.device) if steps is not None else None
@@ -619,14 +621,15 @@ class MultiTensorAdamW:
             TENSORS=128,
             RANDOM=self.random is not None,
         )
+        chunks = self._chunks_of(addresses)
         aligned = self._aligned and are_aligned(addresses)
         param, grad = triton_dtype(self.params[0].dtype), triton_dtype(given.dtype)
         if self.blocks is None:
             launch(
                 _update_kernel,
-                (len(self._chunks),),
+                (len(chunks),),
                 self.device,
-                self._chunks,
+                chunks,
                 self._pointers,
                 uploads,
                 self._factors,
@@ -647,9 +650,9 @@ class MultiTensorAdamW:
         first, second = self._codes
         launch(
             _update_8bit_kernel,
-            (len(self._chunks),),
+            (len(chunks),),
             self.device,
-            self._chunks,
+            chunks,
             self._pointers,
             uploads,
             self._factors,
@@ -672,6 +675,16 @@ class MultiTensorAdamW:
             RANDOM=self.random is not None,
             num_warps=_WARPS,
         )
+
+    def _chunks_of(self, addresses: list[int]) -> torch.Tensor:
+        """The part of the table from the first tensor that has a gradient to the last: not a program for each chunk
+        where few are stepped. It begins at 16 bytes, for which Triton has compiled.
+        """
+        if addresses[0] and addresses[-1]:
+            return self._chunks
+        given = [i for i, address in enumerate(addresses) if address]
+        start = self._ends[given[0] - 1] if given[0] else 0
+        return self._chunks[start & ~1 : self._ends[given[-1]]]
 
     @torch.no_grad()
     def _reference(

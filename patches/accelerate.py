@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,24 @@ def entry_patches(
         wrap("prepare_model"),
         AttributePatch("accelerate:prepare_optimizer", accelerator_cls, "prepare_optimizer", prepare_optimizer),
     ]
+
+
+def method_patch(name: str, around: Callable[..., Any]) -> Patch:
+    """The patch of a method of Accelerator.
+
+    Args:
+        around: called with the accelerator, what computes the method, and the arguments for that, as a tuple and a
+            dict; returns what that returns.
+    """
+    from accelerate import Accelerator
+
+    stock = getattr(Accelerator, name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(self, functools.partial(stock, self), args, kwargs)
+
+    look_like(method, stock)
+    return AttributePatch(f"accelerate:{name}", Accelerator, name, method)
 
 
 def optimizer_patch(around_step: Callable[[Any, Callable[[], Any]], Any]) -> Patch:

@@ -49,6 +49,9 @@ class Bf16Weights:
         self._note, self._noted = note, set[str]()
         self._versions: dict[int, int] = {}  # by id of a weight: as the last step left it
         self._counted = choice != "as_is"
+        # Of the step that is counted: weights by id, and of each part of it lost updates and all of them.
+        self._sampled, self._losses = set[int](), list[torch.Tensor]()
+        self._counted_at = 0, 0.0  # its number and its learning rate
 
     def _tell(self, text: str) -> None:
         if text not in self._noted:
@@ -131,14 +134,22 @@ class Bf16Weights:
 
     @torch.no_grad()
     def sample(self, optimizer: Any, params: list[torch.Tensor]) -> Callable[[int], None] | None:
-        """Once, at the first step whose learning rate is no warm-up's: what to call after it, to tell what was lost."""
+        """In the first step whose learning rate is no warm-up's: what to call after it, to tell what was lost.
+
+        A step that goes through weights as their gradients come has several calls, and is told of in the next one.
+        """
         if self._counted:
             return None
         rate = max(group["lr"] for group in optimizer.param_groups)
         if not rate > 0 or rate < _PLAIN_RATE * max(g.get("initial_lr", g["lr"]) for g in optimizer.param_groups):
             return None
-        self._counted = True
-        weights = [param for param in params if param.dtype == torch.bfloat16 and param.grad is not None]
+        weights = [param for param in params if param.dtype == torch.bfloat16]
+        in_parts = any(param._post_accumulate_grad_hooks for param in weights)
+        weights = [param for param in weights if param.grad is not None]
+        self._counted = not in_parts or not self._sampled.isdisjoint(map(id, weights))
+        if self._counted and self._losses:
+            self._tell_lost()
+            return None
         if not weights:
             return None
         stride = max(1, sum(map(torch.Tensor.numel, weights)) // _SAMPLES)
@@ -150,13 +161,23 @@ class Bf16Weights:
 
         def tell(step: int) -> None:
             lost = (updated & (some(weights) == before)).sum()
-            lost, count = torch.stack([lost, updated.sum()]).tolist()
-            if count and lost / count >= _WORTH_TELLING:
-                text = (
-                    f"step {step}: {lost / count:.0%} of the updates of bf16 weights were lost at a learning rate of "
-                    f"{rate:.2g}: smaller than what a weight is rounded to. bf16_weights='exact_master' keeps them"
-                )
-                self._tell(text)
-                warnings.warn(f"hf_turbo: {text}", RuntimeWarning, stacklevel=2)
+            self._losses.append(torch.stack([lost, updated.sum()]))
+            self._sampled.update(map(id, weights))
+            self._counted_at = step, rate
+            if self._counted:
+                self._tell_lost()
 
         return tell
+
+    def _tell_lost(self) -> None:
+        lost, count = torch.stack(self._losses).sum(0).tolist()
+        step, rate = self._counted_at
+        self._sampled.clear()
+        self._losses.clear()
+        if count and lost / count >= _WORTH_TELLING:
+            text = (
+                f"step {step}: {lost / count:.0%} of the updates of bf16 weights were lost at a learning rate of "
+                f"{rate:.2g}: smaller than what a weight is rounded to. bf16_weights='exact_master' keeps them"
+            )
+            self._tell(text)
+            warnings.warn(f"hf_turbo: {text}", RuntimeWarning, stacklevel=2)

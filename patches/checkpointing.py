@@ -401,6 +401,21 @@ def trainer_asks(trainer: Any) -> bool:
     return any(getattr(trainer.args, f"{name}_checkpointing", False) for name in ("activation", "gradient"))
 
 
+def is_reentrant(trainer: Any) -> bool:
+    """Whether a training goes backward from within backward, layer by layer, or its model may do so already."""
+    kwargs = _trainer_kwargs(trainer)
+    if trainer_asks(trainer) and kwargs and kwargs.get("use_reentrant") is not False:
+        return True
+    layers = {} if trainer.model is None else layers_of(trainer.model)  # of a model_init they are stock
+    on = (layer for layer in layers.values() if layer.gradient_checkpointing)
+    functions = (layer.__dict__.get(_ATTRIBUTE) for layer in on)
+    return any(
+        getattr(function, "func", function) is checkpoint
+        and getattr(function, "keywords", {}).get("use_reentrant") is not False
+        for function in functions
+    )
+
+
 def trainer_conflict(trainer: Any) -> str | None:
     """Why this trainer's checkpoints are torch's own business, or None."""
     kwargs = _trainer_kwargs(trainer)

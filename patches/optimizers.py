@@ -43,7 +43,11 @@ from .engine import (
 )
 
 _BITSANDBYTES = {"AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"}
-_STOCK_STEPS = {"torch.optim.adam:Adam.step", "bitsandbytes.optim.optimizer:Optimizer8bit.step"}
+_STOCK_STEPS = {
+    "torch.optim.adam:Adam.step",
+    "torch.optim.sgd:SGD.step",
+    "bitsandbytes.optim.optimizer:Optimizer8bit.step",
+}
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
@@ -186,7 +190,7 @@ class _Stepper:
     def _step(self, optimizer: Optimizer) -> None:
         global _clipped
         clipped, _clipped = _clipped, None
-        is_bitsandbytes = _is_bitsandbytes(type(optimizer))
+        is_bitsandbytes = is_of_bitsandbytes(type(optimizer))
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not params or not (params[0].is_cuda or self.on_cpu):
             raise _NotUnderstood(f"parameters on {params[0].device.type if params else 'no device'}")
@@ -217,7 +221,8 @@ class _Stepper:
         self.weights.begin_step(plan.remaindered)
 
         for param in plan.paged:
-            optimizer.prefetch_state(param)  # type: ignore[attr-defined]
+            if param.grad is not None:
+                optimizer.prefetch_state(param)  # type: ignore[attr-defined]
         for bucket in plan.buckets:
             if bucket.indices is None:
                 some, some_addresses = grads, addresses
@@ -688,18 +693,15 @@ def find(
 
 def _why_stock(optimizer: Any) -> str | None:
     cls = type(optimizer)
-    if not (cls is torch.optim.AdamW or _is_bitsandbytes(cls)):
+    if not (cls is torch.optim.AdamW or is_of_bitsandbytes(cls)):
         return f"{cls.__name__} is not an AdamW of torch or bitsandbytes"
-    step = inspect.unwrap(cls.step)
-    if f"{step.__module__}:{step.__qualname__}" not in _STOCK_STEPS:
-        return f"{cls.__name__}.step was replaced"
-    own = vars(optimizer).get("step")
-    if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is cls.step):
-        return "step was replaced on the optimizer"
+    reason = replaced_step(optimizer)
+    if reason is not None:
+        return reason
     try:
         for group in optimizer.param_groups:
             _rates(group, False)
-        if _is_bitsandbytes(cls):
+        if is_of_bitsandbytes(cls):
             _refuse_overrides(optimizer)
     except _NotUnderstood as error:
         return str(error)
@@ -711,7 +713,21 @@ def _why_stock(optimizer: Any) -> str | None:
     return None
 
 
-def _is_bitsandbytes(cls: type) -> bool:
+def replaced_step(optimizer: Any) -> str | None:
+    """Where the step of an optimizer is somebody else's than its library's, or None."""
+    if optimizer in _PATCHED:
+        return None
+    cls = type(optimizer)
+    step = inspect.unwrap(cls.step)
+    if f"{step.__module__}:{step.__qualname__}" not in _STOCK_STEPS:
+        return f"{cls.__name__}.step was replaced"
+    own = vars(optimizer).get("step")
+    if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is cls.step):
+        return "step was replaced on the optimizer"
+    return None
+
+
+def is_of_bitsandbytes(cls: type) -> bool:
     """Whether this is exactly one of its AdamW classes, or ours of it."""
     module = sys.modules.get("bitsandbytes.optim.adamw")
     stock = cls.__mro__[1] if "_hf_turbo_stock_step" in vars(cls) else cls

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from . import optimizer_in_backward
 from .advice import advice
 from .random_numbers import RandomStates
 from .trainer import gathers_weights, parallelism, step_conflict
@@ -212,6 +213,9 @@ class Retry:
         groups = getattr(self._trainer.optimizer, "param_groups", ())
         self._parameters = [each for group in groups for each in group["params"]]
         self._weights = _versions(iter(self._parameters))
+        self._in_backward = optimizer_in_backward.step_of(self._parameters) is not None
+        if self._in_backward:
+            self._states, self._counts = set(self._trainer.optimizer.state), _progress(self._trainer.optimizer)
         known = list(self._trainer.model.buffers()) if self._buffers is None else [each for each, _ in self._buffers]
         moved = {id(each) for each, version in self._buffers or () if each._version != version} | self._copies.keys()
         self._buffers = [(each, each._version) for each in known]
@@ -252,9 +256,11 @@ class Retry:
 
     def _conflict(self) -> str | None:
         """Why the step cannot be taken back, or None."""
+        if self._in_backward and self._has_stepped():
+            return "the optimizer had begun to step within backward: resume from the last checkpoint"
         if _versions(iter(self._parameters)) != self._weights:
             return "weights have changed within the step"
-        if any(each._post_accumulate_grad_hooks for each in self._parameters):
+        if any(map(optimizer_in_backward.foreign_hooks, self._parameters)):
             return "weights may have changed as their gradients came"
         if any(each._version != version and id(each) not in self._copies for each, version in self._buffers or ()):
             return "the model has written to its buffers"
@@ -263,6 +269,11 @@ class Retry:
         if len({each.device for each in self._parameters}) > 1:
             return "the model is on several devices"
         return None if self._replica is None else self._replica.conflict()
+
+    def _has_stepped(self) -> bool:
+        """Whether an optimizer that steps within backward has changed weights or states; drops what it has begun."""
+        _forget_begun(self._trainer.optimizer, self._states)
+        return _progress(self._trainer.optimizer) != self._counts
 
     def _again(self) -> Any:
         """All micro-batches of the step so far; what the last of them returns."""
@@ -329,9 +340,7 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
         return compute()
     except torch.OutOfMemoryError as error:
         message = str(error)
-    for parameter in set(optimizer.state) - known:
-        if not _steps(optimizer.state[parameter]):  # begun, and maybe not whole
-            del optimizer.state[parameter]
+    _forget_begun(optimizer, known)
     if _progress(optimizer) != before:
         raise torch.OutOfMemoryError(
             f"{message}\nhf_turbo: memory ran out within the optimizer's step, when some weights were updated "
@@ -344,6 +353,13 @@ def step_optimizer(optimizer: Any, compute: Callable[[], Any], make_room: Callab
     except torch.OutOfMemoryError as error:
         message = str(error)
     raise torch.OutOfMemoryError(f"{message}\nhf_turbo: there is no room for the optimizer's step; {instead}")
+
+
+def _forget_begun(optimizer: Any, known: set[Any]) -> None:
+    """Drops states that a failed step has begun to make, and maybe not to the end: of others than the known ones."""
+    for parameter in set(optimizer.state) - known:
+        if not _steps(optimizer.state[parameter]):
+            del optimizer.state[parameter]
 
 
 def _progress(optimizer: Any) -> list[tuple[int, Any]]:

@@ -169,8 +169,17 @@ def step_conflict(trainer: Any) -> str | None:
 
 def watches_substeps(trainer: Any) -> str | None:
     """Which callback may act between the micro-batches of an optimizer step, or None."""
+    return _acts_at(trainer, "on_substep_end")
+
+
+def watches_gradients(trainer: Any) -> str | None:
+    """Which callback may act when the gradients of a step are whole, or None."""
+    return _acts_at(trainer, "on_pre_optimizer_step") or _acts_at(trainer, "on_optimizer_step")
+
+
+def _acts_at(trainer: Any, event: str) -> str | None:
     for callback in trainer.callback_handler.callbacks:
-        method = type(callback).on_substep_end
+        method = getattr(type(callback), event)
         if method.__module__.partition(".")[0] not in _LIBRARIES:
             return f"{method.__qualname__} may look at gradients or change weights"
     return None

@@ -21,6 +21,9 @@ PAGED_FORMS = {
 # Of the host's memory that is available: the rest is for data loaders and for saving checkpoints.
 SHARE_OF_HOST_MEMORY = 0.8
 
+# Of gradients that are used within backward: so many bytes at a time at least, and no more than so many times.
+_LEAST_BUCKET, _MOST_BUCKETS = 2**25, 32
+
 _LAYER_HIDDEN, _LAYER_INTERMEDIATE = 8, 4  # tensors of a layer of these widths that its backward holds at one time
 
 
@@ -41,6 +44,22 @@ def least_pass_bytes(tokens: int, layers: int, hidden: int, intermediate: int, i
     """What forward and backward hold at least: the input of each layer, and one layer while it is recomputed."""
     width = layers * hidden + _LAYER_HIDDEN * hidden + _LAYER_INTERMEDIATE * intermediate
     return tokens * width * itemsize
+
+
+def bucket_bytes(gradients: int) -> int:
+    """Of gradients that the optimizer uses together within backward.
+
+    Args:
+        gradients: bytes of all.
+    """
+    return max(_LEAST_BUCKET, gradients // _MOST_BUCKETS)
+
+
+def standing_bytes(trained: Sequence[Trained]) -> int:
+    """The most bytes of gradients that stand at one time where the optimizer steps within backward."""
+    gradients = footprint.gradient_bytes(trained)
+    largest = max((each.elements * each.itemsize for each in trained), default=0)
+    return min(gradients, bucket_bytes(gradients) + largest)
 
 
 def fits(states: int, gradients: int, in_pass: int, weights: int, free: int) -> bool:

@@ -103,6 +103,25 @@ def test_groups_missing_gradients_and_counted_steps(device):
         torch.testing.assert_close(params[i].double(), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("given", [[1], [2], [0, 1], [3, 4], [1, 3], [4]])
+def test_some_gradients_are_stepped_as_with_all(device, given):
+    """In several calls, as when they come one after the other: the same bits, and no program for the rest."""
+    case, rates = make_case(device, torch.float32, steps=1), [Rates(1e-2, 0.9, 0.999, 1e-8, 0.1)]
+    whole = run_turbo(case, rates[0], device_steps=False)
+    params = [param.clone() for param in case.params]
+    m, v = ([torch.zeros_like(param) for param in params] for _ in range(2))
+    tables = MultiTensorAdamW(params, m, v, [0] * 5)
+    tables.update([grad if i in given else None for i, grad in enumerate(case.grads[0])], rates, [1.0] * 5)
+    assert all(torch.equal(params[i], (whole["p"] if i in given else case.params)[i]) for i in range(5))
+    tables.update([None if i in given else grad for i, grad in enumerate(case.grads[0])], rates, [1.0] * 5)
+    for name, tensors in (("p", params), ("exp_avg", m), ("exp_avg_sq", v)):
+        assert all(map(torch.equal, tensors, whole[name])), name
+    if tables._on_triton:
+        chunks = tables._chunks_of([int(i in given) for i in range(5)])[:, 0].tolist()
+        assert given[0] - 1 <= chunks[0] <= given[0]
+        assert chunks[-1] == given[-1]
+
+
 def test_no_gradient_at_all(device):
     case = make_case(device, torch.float32, steps=1)
     params = [param.clone() for param in case.params]
