@@ -469,7 +469,7 @@ def test_what_comes_late_makes_steps_stock(reason, steps, tmp_path):
 
 
 def test_weights_that_are_trained_later(steps, tmp_path):
-    """As by a callback that unfreezes, of what the optimizer has had all along. The head's gradient comes first of all."""
+    """As by a callback that unfreezes what the optimizer has had all along: the head, whose gradient comes first."""
 
     def thaw(at: Any) -> None:
         at.model.lm_head.weight.requires_grad_(True)
