@@ -469,14 +469,14 @@ def test_what_comes_late_makes_steps_stock(reason, steps, tmp_path):
 
 
 def test_weights_that_are_trained_later(steps, tmp_path):
-    """As by a callback that unfreezes: the optimizer has had them all along."""
+    """As by a callback that unfreezes what the optimizer has had all along: the head, whose gradient comes first."""
 
     def thaw(at: Any) -> None:
-        at.model.model.embed_tokens.weight.requires_grad_(True)
+        at.model.lm_head.weight.requires_grad_(True)
 
     def frozen_late(model: Any) -> Any:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-        model.model.embed_tokens.weight.requires_grad_(False)
+        model.lm_head.weight.requires_grad_(False)
         return optimizer
 
     runs = [
@@ -484,7 +484,7 @@ def test_weights_that_are_trained_later(steps, tmp_path):
         for options in ({}, {**NOTHING_ELSE, "optimizer_in_backward": True})
     ]
     assert_same(*runs)
-    assert float(runs[1].states["model.embed_tokens.weight"]["step"]) == STEPS - 1
+    assert float(runs[1].states["lm_head.weight"]["step"]) == STEPS - 1
 
 
 class BackwardInLoss(Trainer):
