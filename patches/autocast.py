@@ -55,7 +55,7 @@ def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
     """What autocast computes this call in, None where it is stock's: outside the steps of a trainer, too."""
     if not (is_live() and is_offered() and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = module._parameters.get("weight"), module.bias
     kind = device_kind(x.device)
     if (
         weight is None
@@ -83,7 +83,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         weight = self._parameters["weight"]
         with torch.no_grad():
             low, low_weight = _COPIES.of(input, dtype), compute_weight(weight, dtype)
-        return autocast_linear(input, weight, self._parameters["bias"], low, low_weight)
+        return autocast_linear(input, weight, self.bias, low, low_weight)
 
     return forward
 

@@ -84,9 +84,9 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 
 @cache
-def _reads_by_projections(cls: type) -> bool:
+def _reads_by_projections(forward: Callable[..., Any]) -> bool:
     """Whether an attention's forward does nothing with its input but project it and ask for its shape."""
-    tree = syntax_tree(forward_of(cls))
+    tree = syntax_tree(forward)
     function = None if tree is None else tree.body[0]
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return False
@@ -122,7 +122,7 @@ def _only_linears_read(module: nn.Module) -> bool:
     """Whether nobody but plain linear layers reads the input of an attention or an MLP, as things are now."""
     if has_hooks(module):
         return False
-    if _reads_by_projections(stock_class(module)):
+    if _reads_by_projections(forward_of(stock_class(module))):
         readers = _projections(module)
     else:
         readers = mlp.projections_of(module)

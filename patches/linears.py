@@ -54,8 +54,9 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Module)
         and stock_class(module) is nn.Linear
         and not has_hooks(module)
-        and is_plain(module._parameters.get("weight"), module._parameters.get("bias"))
-        and module._parameters.get("weight") is not None
+        and {"weight", "bias"} <= module._parameters.keys()  # neither is a buffer, say
+        and is_plain(module._parameters["weight"], module._parameters["bias"])
+        and module._parameters["weight"] is not None
         and module._parameters["weight"].numel() > 0  # type: ignore[union-attr]
     )
 

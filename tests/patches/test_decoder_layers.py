@@ -6,6 +6,7 @@ That all gradients of all families are no further from fp64 than stock's is test
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hf_turbo.kernels import linears as kernel
 from hf_turbo.patches import checkpointing, decoder_layers, linears, norms
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import hf_turbo
 from tests.fp64 import Errors, hold_to_rule, squared_errors
@@ -278,13 +280,65 @@ def test_unknown_layers_and_norms_stay_stock_with_a_reason():
 def test_who_reads_an_attentions_input():
     reads = decoder_layers._reads_by_projections
     for family in ("llama", "qwen3", "gemma3", "phi3", "granite", "mixtral"):
-        assert reads(type(tiny_model(family).model.layers[0].self_attn)), family
+        assert reads(type(tiny_model(family).model.layers[0].self_attn).forward), family
 
     class Curious(nn.Module):
         def forward(self, hidden_states, **kwargs):
             return self.q_proj(hidden_states) + hidden_states.mean()
 
-    assert not reads(Curious)
+    assert not reads(Curious.forward)
+
+
+def as_buffers(model: nn.Module, part: str, name: str) -> None:
+    """A parameter of some modules becomes a buffer of the same name, as scripts freeze weights."""
+    for path, module in model.named_modules():
+        if part in path and name in module._parameters:
+            value = getattr(module, name).data
+            delattr(module, name)
+            module.register_buffer(name, value)
+
+
+@pytest.mark.parametrize(("part", "name"), [("norm", "weight"), ("q_proj", "bias"), ("up_proj", "bias")])
+def test_parameters_that_are_buffers(part, name):
+    model = tiny_model("llama-bias")
+    as_buffers(model, part, name)
+    loss, stock = loss_and_gradients(model, batch())
+    hf_turbo.patch_model(model, **ONLY)
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "DecoderLayer"])
+def test_a_forward_that_a_script_replaces_between_two_sessions(name, monkeypatch):
+    """Classes are the same ones then: what was known of them is not."""
+    hf_turbo.patch_model(tiny_model("llama"))
+    hf_turbo.disable()
+    cls = getattr(modeling_llama, f"Llama{name}")
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x, *args, **kwargs: forward(self, 1.5 * x, *args, **kwargs))
+    model = tiny_model("llama")
+    loss, stock = loss_and_gradients(model, batch())
+    hf_turbo.patch_model(model)
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+
+
+def test_an_attention_that_a_script_replaces_reads_what_it_would(monkeypatch):
+    """Under autocast, where the projections of stock's are given what they would cast to."""
+    cls, dtypes = modeling_llama.LlamaAttention, []
+    forward = cls.forward
+
+    def attention(self, hidden_states, *args, **kwargs):
+        dtypes.append(hidden_states.dtype)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    for replaced in (forward, attention, functools.wraps(forward)(attention)):
+        monkeypatch.setattr(cls, "forward", replaced)
+        model = tiny_model("llama")
+        hf_turbo.patch_model(model, **ONLY)
+        run(model, batch(), autocast=True)
+        hf_turbo.disable()
+    assert dtypes == [torch.float32] * 4
 
 
 @pytest.mark.xdist_group("parity")
@@ -330,6 +384,11 @@ def test_norms_that_are_understood():
     assert norms.understood(tiny_model("gemma").model.norm) == (1e-6, 1.0, False)
     assert norms.understood(nn.LayerNorm(4)) is None
     assert norms.understood(tiny_model("cohere2").model.norm) is None
+    frozen = tiny_model("gemma").model.norm
+    weight = frozen.weight.data
+    del frozen.weight
+    frozen.register_buffer("weight", weight)
+    assert norms.understood(frozen) is None
 
 
 def test_backward_through_a_layer_twice():

@@ -159,6 +159,19 @@ def test_two_forwards_stack(live):
     assert type(module) is Doubler
 
 
+def test_replacements_fall_back_to_the_forward_that_the_class_has(live, monkeypatch):
+    """A script replaces it between two sessions."""
+    assert swapped(Doubler()).revert()
+    monkeypatch.setattr(Doubler, "forward", lambda self, x: 5 * x)
+    module = Doubler()
+    patch = swapped(module)
+    engine.switch(False)
+    assert module(1) == 5
+    engine.switch(True)
+    assert patch.revert()
+    assert type(module) is Doubler
+
+
 def test_a_patch_keeps_no_model_alive(live):
     import gc
     import weakref
