@@ -68,7 +68,6 @@ def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
         or x.shape[-1:] != weight.shape[1:]
         or x.numel() == 0
         or x.is_inference()
-        or torch._C._are_functorch_transforms_active()
     ):
         return None
     dtype = torch.get_autocast_dtype(kind)

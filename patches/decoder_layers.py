@@ -177,7 +177,6 @@ def _make_forward_of(body: _Body) -> Callable[[Callable[..., Any]], Callable[...
                 or type(hidden_states) is not torch.Tensor
                 or hidden_states.numel() == 0
                 or hidden_states.is_inference()
-                or torch._C._are_functorch_transforms_active()
             ):
                 result: torch.Tensor = stock(self, hidden_states, *args, **kwargs)
                 return result

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 class Exactness(str, Enum):
@@ -47,8 +48,15 @@ _SWITCH = _Switch()
 
 
 def is_live() -> bool:
-    """Whether replacements act at present; each asks before anything else."""
-    return _SWITCH.depth > 0
+    """Whether replacements act at present; each asks before anything else.
+
+    Not in transforms of torch.func, nor in forward-mode AD, which cannot see through autograd functions of ours; where
+    torch.compile traces, which cannot see through the question, it is not asked.
+    """
+    return _SWITCH.depth > 0 and (
+        torch.compiler.is_compiling()
+        or not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    )
 
 
 def switch(on: bool) -> None:

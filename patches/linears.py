@@ -70,9 +70,8 @@ def compute(modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ..
         and y.is_floating_point()
         and y.numel() > 0
         and not (y.is_meta and torch._C._len_torch_dispatch_stack() == 0)  # without data, and nobody looks on
-        and not torch.compiler.is_compiling()  # before the next two, which it cannot see through
+        and not torch.compiler.is_compiling()  # before the next, which it cannot see through
         and not y.is_inference()
-        and not torch._C._are_functorch_transforms_active()
         and all(map(is_plain_linear, modules))
     ):
         return None

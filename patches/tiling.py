@@ -94,7 +94,7 @@ def _passes_on(module: nn.Module | None) -> bool:
 def tile_of(mlp: Any, x: torch.Tensor) -> Tile | None:
     """How this MLP computes `x`; None for all rows at once."""
     place, width = _PLACES.get(mlp), getattr(mlp.down_proj, "in_features", 0)
-    if place is None or not width or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if place is None or not width or torch.compiler.is_compiling():
         return None
     layer = None if place.layer is None else place.layer()
     rows = place.tiling.plan(x.numel() // x.shape[-1], width, place.is_last and _is_checkpointed(layer))

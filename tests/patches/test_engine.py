@@ -13,6 +13,7 @@ import torch
 from hf_turbo.patches import engine
 from hf_turbo.patches.engine import AttributePatch, ClassSwap, same_name_subclass
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.models.llama import modeling_llama
 
 import hf_turbo
@@ -264,6 +265,30 @@ def test_fsdp_wrap_policies_still_find_the_layers():
     after = get_module_class_from_name(model, "LlamaDecoderLayer")
     assert issubclass(after, before)
     assert all(isinstance(layer, after) for layer in model.model.layers)
+
+
+def by_torch_func(model):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), batch()).loss
+
+    return torch.func.grad(loss)({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def forward_mode(model):
+    embeds = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    with forward_ad.dual_level():
+        logits = model(inputs_embeds=forward_ad.make_dual(embeds, torch.ones_like(embeds))).logits
+        return forward_ad.unpack_dual(logits).tangent
+
+
+@pytest.mark.parametrize("derivative", [by_torch_func, forward_mode])
+@pytest.mark.parametrize("family", ["llama-bias", "phi3"])
+def test_other_ways_to_differentiate_are_stock(family, derivative):
+    """Autograd functions of ours are for backward alone."""
+    model = tiny_model(family, attn_implementation="eager")
+    expected = derivative(model)
+    hf_turbo.patch_model(model)
+    torch.testing.assert_close(derivative(model), expected, rtol=0, atol=0)
 
 
 def test_unknown_forward_stays_stock_with_a_reason():
