@@ -232,9 +232,13 @@ def _attention_patches(name: str, attention: nn.Module) -> list[Patch]:
     return patches
 
 
-def find(model: nn.Module) -> Finding:
-    """Class swaps for every decoder layer whose forward is understood, and for its attention's projections."""
-    finding = Finding("layers", "add_rms_norm, linears", Exactness.REASSOCIATED)
+def find(model: nn.Module, fuses_norms: bool = True) -> Finding:
+    """Class swaps for every decoder layer whose forward is understood, and for its attention's projections.
+
+    Args:
+        fuses_norms: False: norms stay stock, and only projections are patched.
+    """
+    finding = Finding("layers", "add_rms_norm, linears" if fuses_norms else "linears", Exactness.REASSOCIATED)
     patches: dict[type, list[Patch]] = {}
     refused: set[type] = set()
     counts: Counter[type] = Counter()
@@ -249,12 +253,14 @@ def find(model: nn.Module) -> Finding:
         if body is not None and has_forward(layer, _make_forward_of(body)):
             finding.patched += 1
             continue
-        if known in _POST_NORM and attention is not None:
+        if attention is not None and (known in _POST_NORM or (body is not None and not fuses_norms)):
             projections = _attention_patches(f"{name}.self_attn", attention)
+            if not fuses_norms:
+                finding.refuse("norms=False: its norms stay stock")
             if projections or any(has_forward(each, linears.make_forward) for each in _projections(attention)):
                 finding.patched += 1
                 finding.patches += _projection_patches(name, layer) if projections else []
-            else:
+            elif fuses_norms:
                 finding.refuse("no norm behind an addition, and no plain projections")
             continue
         reason = _reason(layer, body)

@@ -21,7 +21,7 @@ from tests.fp64 import Errors, hold_to_rule, squared_errors
 from tests.models import batch, loss_and_gradients, switch_on, switched_off, tiny_model
 from tests.patches.test_parity import draw, run
 
-ONLY = switched_off("layers")
+ONLY = switched_off("layers", "norms")
 PRE_NORM = ("llama-bias", "qwen3", "gemma2", "phi3", "granite", "glm4", "mixtral")
 
 
@@ -92,6 +92,23 @@ def test_switched_off(monkeypatch):
     loss_and_gradients(model, batch())
 
 
+@pytest.mark.parametrize("family", ["llama-bias", "gemma2", "olmo2", "mixtral"])
+def test_norms_that_are_switched_off_are_called_as_in_stock(family, monkeypatch):
+    """A wrong number is looked for by switching off: no kernel of ours may norm behind another role's name."""
+    monkeypatch.setattr(decoder_layers, "add_rms_norm", None)
+    calls, op = [], linears.linears
+    monkeypatch.setattr(linears, "linears", lambda *args, **kwargs: calls.append(args[3]) or op(*args, **kwargs))
+    model = tiny_model(family)
+    loss, stock = loss_and_gradients(model, batch())
+    for _ in range(2):  # met twice
+        row = row_of(hf_turbo.patch_model(model, norms=False))
+    assert (row.found, row.patched, row.kernel) == (2, 2, "linears")
+    assert row.reason == "2 x norms=False: its norms stay stock"
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+    assert calls == [None] * (2 if family == "mixtral" else 4)
+
+
 def test_projections_are_one_function(monkeypatch):
     calls, op = [], linears.linears
     monkeypatch.setattr(
@@ -120,7 +137,7 @@ def test_checkpointed_layers_give_the_same_bits(family, recomputed_by, autocast,
     hf_turbo.disable()
     calls.clear()
     switch_on(model, reentrant=recomputed_by == "torch, reentrant")
-    options = switched_off("layers", "checkpointing") if recomputed_by == "hf_turbo" else ONLY
+    options = switched_off("layers", "norms", "checkpointing") if recomputed_by == "hf_turbo" else ONLY
     report = hf_turbo.patch_model(model, **options)
     if recomputed_by == "hf_turbo":
         assert row_of(report, "checkpointing").patched == 2
@@ -151,7 +168,7 @@ def test_everything_is_put_back(family):
 
 def test_met_twice_and_beside_checkpointing_that_comes_later():
     model = tiny_model("llama")
-    options = switched_off("layers", "checkpointing")
+    options = switched_off("layers", "norms", "checkpointing")
     assert row_of(hf_turbo.patch_model(model, **options)).patched == 2
     switch_on(model)
     report = hf_turbo.patch_model(model, **options)
