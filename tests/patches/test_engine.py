@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from transformers.models.llama import modeling_llama
 
 import hf_turbo
-from tests.models import batch, loss_and_gradients, tiny_model
+from tests.models import batch, loss_and_gradients, switched_off, tiny_model
 
 
 class Doubler(nn.Module):
@@ -289,6 +289,18 @@ def test_other_ways_to_differentiate_are_stock(family, derivative):
     expected = derivative(model)
     hf_turbo.patch_model(model)
     torch.testing.assert_close(derivative(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("role", ["norms", "mlp", "layers", "rope", "loss", "embeddings"])
+def test_second_derivatives_raise(role):
+    """A penalty on gradients would lose its terms silently; the gradients themselves are those without a graph."""
+    model = tiny_model("llama-bias", attn_implementation="eager")
+    hf_turbo.patch_model(model, **switched_off(role))
+    _, expected = loss_and_gradients(model, batch())
+    gradients = torch.autograd.grad(model(**batch()).loss, list(model.parameters()), create_graph=True)
+    torch.testing.assert_close(dict(zip(expected, gradients, strict=True)), expected)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
 
 
 def test_unknown_forward_stays_stock_with_a_reason():
