@@ -31,8 +31,9 @@ class TurboConfig:
     Attributes:
         norms: RMSNorm and LayerNorm modules run as one fused kernel each way.
         mlp: the gated MLP's activation and product run as one kernel; its product is recomputed, not stored.
-        layers: in decoder layers the residual addition and the norm behind it are one kernel each way; linear layers
-            that are trained and read a norm's output do not keep it for backward, but have it made again.
+        layers: in decoder layers the residual addition and the norm behind it are one kernel each way, unless norms are
+            switched off; linear layers that are trained and read a norm's output do not keep it for backward, but have
+            it made again.
         rope: rotary embedding of queries and keys in one kernel each way.
         loss: the language-model head and the loss are computed together, never holding the logits: the causal-LM loss
             of plain `Trainer` and the log-probabilities of the TRL trainers.

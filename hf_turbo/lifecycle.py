@@ -117,7 +117,7 @@ class _Activation:
         roles: dict[str, tuple[Callable[[], Finding], str | None]] = {
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model, self._tiling()), conflict),
-            "layers": (lambda: decoder_layers.find(model), conflict),
+            "layers": (lambda: decoder_layers.find(model, self.config.norms is not False), conflict),
             "rope": (lambda: rope.find(model), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }

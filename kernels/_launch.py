@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable as _once_differentiable
 
 _LIBRARY = torch.library.Library("hf_turbo", "DEF")
 
@@ -48,15 +47,40 @@ def register_op(schema: str, implementation: Callable[..., Any], fake: Callable[
     return op
 
 
+_TWICE = b"hf_turbo: second derivatives (create_graph=True) are not supported; switch it off where they are taken"
+
+
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's decorator of the same name, at no cost where the gradient is not recorded: nearly always."""
-    checked = _once_differentiable(backward)
+    """Gradients that are recorded (create_graph=True) raise where they are differentiated.
+
+    torch's decorator of the same name has them raise only where the incoming gradient is recorded itself. A loss's own
+    is not, and what depends on saved tensors would be missing without a word.
+    """
 
     @functools.wraps(backward)
-    def cheap(ctx: Any, *gradients: Any) -> Any:
-        return checked(ctx, *gradients) if torch.is_grad_enabled() else backward(ctx, *gradients)
+    def once(ctx: Any, *gradients: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return backward(ctx, *gradients)
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        results = results if isinstance(results, tuple) else (results,)
+        error = torch._C._functions.DelayedError(_TWICE, len(results))
+        return error(*(None if each is None else each.detach().requires_grad_() for each in results))
 
-    return cheap
+    return once
+
+
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that computes in the dtypes of what it is given, where a script goes backward under autocast too."""
+
+    @functools.wraps(backward)
+    def plain(ctx: Any, *gradients: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return backward(ctx, *gradients)
+        with torch._C._DisableAutocast():
+            return backward(ctx, *gradients)
+
+    return plain
 
 
 def no_output(*_: Any) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ._launch import device_kind, once_differentiable
+from ._launch import device_kind, once_differentiable, without_autocast
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -53,6 +53,7 @@ class _AutocastLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low_x, low_weight = ctx.saved_tensors
         shape, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])

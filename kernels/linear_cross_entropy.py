@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import cdiv, device_kind, launch, register_op, use_triton
+from ._launch import cdiv, device_kind, launch, once_differentiable, register_op, use_triton
 from ._weights import compute_weight
 from .tied_embedding import Tie, tie_of
 
@@ -598,7 +598,7 @@ class _LinearLogProb(torch.autograd.Function):
         return log_prob, *extras
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(
         ctx: Any, grad_log_prob: torch.Tensor | None, grad_entropy: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:

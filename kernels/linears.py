@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ._launch import device_kind, once_differentiable
+from ._launch import device_kind, once_differentiable, without_autocast
 from .add_rms_norm import Norm, normed
 
 
@@ -65,6 +65,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         y, norm_weight, *weights = ctx.saved_tensors
         width = ctx.shape[-1]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -24,7 +23,7 @@ from torch import nn
 
 from . import kept_attention
 from .engine import ProcessPatch, forward_of
-from .fingerprint import fingerprint, syntax_tree
+from .fingerprint import fingerprint, syntax_tree, unwrapped
 from .varlen import Documents, NotUnderstood, attend
 
 MODELS = "transformers.modeling_utils"
@@ -116,8 +115,8 @@ def _sdpa(registry: Any) -> ProcessPatch:
 
 def _eager_global(attention: type) -> tuple[ModuleType, str]:
     """The module of an attention class, and the name there of the function that its forward takes for "eager"."""
-    forward = inspect.unwrap(forward_of(attention))
-    tree, module = syntax_tree(forward), sys.modules.get(forward.__module__)
+    forward = unwrapped(forward_of(attention))
+    tree, module = syntax_tree(forward), sys.modules.get(getattr(forward, "__module__", ""))
     if tree is None or module is None or vars(module) is not forward.__globals__:
         raise NotUnderstood("the source of its attention cannot be read")
     names = {

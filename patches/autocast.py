@@ -55,11 +55,10 @@ def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
     """What autocast computes this call in, None where it is stock's: outside the steps of a trainer, too."""
     if not (is_live() and is_offered() and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None
-    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    weight, bias = module._parameters.get("weight"), module.bias  # which may be a buffer
     kind = device_kind(x.device)
     if (
         weight is None
-        or "bias" not in module._parameters  # but a buffer
         or not torch.is_autocast_enabled(kind)
         or not is_plain(x, weight, bias)
         or weight.dtype != torch.float32
@@ -69,7 +68,6 @@ def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
         or x.shape[-1:] != weight.shape[1:]
         or x.numel() == 0
         or x.is_inference()
-        or torch._C._are_functorch_transforms_active()
     ):
         return None
     dtype = torch.get_autocast_dtype(kind)
@@ -84,7 +82,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         weight = self._parameters["weight"]
         with torch.no_grad():
             low, low_weight = _COPIES.of(input, dtype), compute_weight(weight, dtype)
-        return autocast_linear(input, weight, self._parameters["bias"], low, low_weight)
+        return autocast_linear(input, weight, self.bias, low, low_weight)
 
     return forward
 

@@ -84,9 +84,9 @@ _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
 
 
 @cache
-def _reads_by_projections(cls: type) -> bool:
+def _reads_by_projections(forward: Callable[..., Any]) -> bool:
     """Whether an attention's forward does nothing with its input but project it and ask for its shape."""
-    tree = syntax_tree(forward_of(cls))
+    tree = syntax_tree(forward)
     function = None if tree is None else tree.body[0]
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) < 2:
         return False
@@ -122,7 +122,7 @@ def _only_linears_read(module: nn.Module) -> bool:
     """Whether nobody but plain linear layers reads the input of an attention or an MLP, as things are now."""
     if has_hooks(module):
         return False
-    if _reads_by_projections(stock_class(module)):
+    if _reads_by_projections(forward_of(stock_class(module))):
         readers = _projections(module)
     else:
         readers = mlp.projections_of(module)
@@ -177,7 +177,6 @@ def _make_forward_of(body: _Body) -> Callable[[Callable[..., Any]], Callable[...
                 or type(hidden_states) is not torch.Tensor
                 or hidden_states.numel() == 0
                 or hidden_states.is_inference()
-                or torch._C._are_functorch_transforms_active()
             ):
                 result: torch.Tensor = stock(self, hidden_states, *args, **kwargs)
                 return result
@@ -233,9 +232,13 @@ def _attention_patches(name: str, attention: nn.Module) -> list[Patch]:
     return patches
 
 
-def find(model: nn.Module) -> Finding:
-    """Class swaps for every decoder layer whose forward is understood, and for its attention's projections."""
-    finding = Finding("layers", "add_rms_norm, linears", Exactness.REASSOCIATED)
+def find(model: nn.Module, fuses_norms: bool = True) -> Finding:
+    """Class swaps for every decoder layer whose forward is understood, and for its attention's projections.
+
+    Args:
+        fuses_norms: False: norms stay stock, and only projections are patched.
+    """
+    finding = Finding("layers", "add_rms_norm, linears" if fuses_norms else "linears", Exactness.REASSOCIATED)
     patches: dict[type, list[Patch]] = {}
     refused: set[type] = set()
     counts: Counter[type] = Counter()
@@ -250,12 +253,14 @@ def find(model: nn.Module) -> Finding:
         if body is not None and has_forward(layer, _make_forward_of(body)):
             finding.patched += 1
             continue
-        if known in _POST_NORM and attention is not None:
+        if attention is not None and (known in _POST_NORM or (body is not None and not fuses_norms)):
             projections = _attention_patches(f"{name}.self_attn", attention)
+            if not fuses_norms:
+                finding.refuse("norms=False: its norms stay stock")
             if projections or any(has_forward(each, linears.make_forward) for each in _projections(attention)):
                 finding.patched += 1
                 finding.patches += _projection_patches(name, layer) if projections else []
-            else:
+            elif fuses_norms:
                 finding.refuse("no norm behind an addition, and no plain projections")
             continue
         reason = _reason(layer, body)

@@ -44,7 +44,6 @@ def _is_tied(module: Any, ids: torch.Tensor) -> bool:
         and ids.numel() > 0
         and ids.device == weight.device
         and _options(module) is None
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 
 class Exactness(str, Enum):
@@ -47,8 +48,15 @@ _SWITCH = _Switch()
 
 
 def is_live() -> bool:
-    """Whether replacements act at present; each asks before anything else."""
-    return _SWITCH.depth > 0
+    """Whether replacements act at present; each asks before anything else.
+
+    Not in transforms of torch.func, nor in forward-mode AD, which cannot see through autograd functions of ours; where
+    torch.compile traces, which cannot see through the question, it is not asked.
+    """
+    return _SWITCH.depth > 0 and (
+        torch.compiler.is_compiling()
+        or not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    )
 
 
 def switch(on: bool) -> None:
@@ -178,17 +186,22 @@ def forward_of(cls: type) -> Callable[..., Any]:
 MakeForward = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-@functools.cache
 def same_name_subclass(base: type, make_forward: MakeForward | None = None, **attributes: Any) -> type:
-    """A subclass of `base` that differs in `forward` or in the given attributes alone.
+    """A subclass of `base` that differs in `forward` or in the given attributes alone; the same one for the same.
 
     Args:
         base: the stock class of a module, or of another object.
         make_forward: takes the stock (unbound) forward, returns the replacement, which falls back to it.
         **attributes: of the class, e.g. a property.
     """
-    stock = forward_of(base) if hasattr(base, "forward") else None
+    # Found by the stock forward, too, which a script may have replaced since: it is what replacements fall back to.
+    return _subclass(base, forward_of(base) if hasattr(base, "forward") else None, make_forward, **attributes)
 
+
+@functools.cache
+def _subclass(
+    base: type, stock: Callable[..., Any] | None, make_forward: MakeForward | None, **attributes: Any
+) -> type:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles and copies name the stock class: ours cannot be found by name, and must not be saved. Not
         # copyreg.__newobj__, for which pickle insists on the object's own class.

@@ -1,9 +1,10 @@
 """Recognises stock code by what it computes, not by its name.
 
-A fingerprint is a hash of a function's normalised syntax tree: docstring, decorators, annotations and defaults dropped,
-parameters and local names renumbered in order of appearance. Attribute, global and keyword names stay, since they
-carry the meaning. Most of the model families in transformers share one body per role, so a few fingerprints cover
-them; a body that has changed, by an update or by a user, is unknown and stays stock.
+A fingerprint is a hash of a function's normalised syntax tree: docstring, annotations and defaults dropped, parameters
+and local names renumbered in order of appearance. Attribute, global and keyword names stay, since they carry the
+meaning. Decorators are dropped where they are known to compute nothing. Most of the model families in transformers
+share one body per role, so a few fingerprints cover them; a body that has changed, by an update or by a user, is
+unknown and stays stock.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from typing import Any
+
+# Whose wrappers leave to a forward all that it computes: checkpointing; defaults from the config, tuples; recorders.
+_TRANSPARENT = {"transformers.modeling_layers", "transformers.utils.generic", "transformers.utils.output_capturing"}
 
 
 class _Normalise(ast.NodeTransformer):
@@ -73,21 +77,32 @@ def _assigned_names(function: ast.FunctionDef) -> list[str]:
     return [node.id for node in sorted(stores, key=lambda node: (node.lineno, node.col_offset))]
 
 
+def unwrapped(function: Any) -> Any:
+    """What is under known wrappers of transformers; None where there is another one, which may compute anything."""
+    while hasattr(function, "__wrapped__"):
+        # Not `__module__`, which functools.wraps takes from what is wrapped.
+        if getattr(function, "__globals__", {}).get("__name__") not in _TRANSPARENT:
+            return None
+        function = function.__wrapped__
+    return function
+
+
 def syntax_tree(function: Callable[..., Any]) -> ast.Module | None:
-    """The syntax tree of a function's source, decorators unwrapped; None where there is no readable source."""
-    if not inspect.isfunction(function):
+    """The syntax tree of the source of `unwrapped(function)`; None where there is none that is readable."""
+    inner = unwrapped(function)
+    if not inspect.isfunction(inner):
         return None
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+        return ast.parse(textwrap.dedent(inspect.getsource(inner)))
     except (OSError, TypeError, SyntaxError):
         return None
 
 
 @functools.lru_cache(maxsize=4096)
 def fingerprint(function: Callable[..., Any]) -> str | None:
-    """First 12 hex digits of the hash of `function`'s normalised body, decorators unwrapped.
+    """First 12 hex digits of the hash of the normalised body of `unwrapped(function)`.
 
-    None where there is no readable source: a builtin, a callable object, a body made at run time.
+    None where there is no readable source: a builtin, a callable object, a body made at run time, an unknown wrapper.
     """
     tree = syntax_tree(function)
     node = None if tree is None else tree.body[0]

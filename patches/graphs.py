@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from hf_turbo.kernels._launch import once_differentiable
 from torch import nn
 
 from . import attention_seams, device_memory, kept_layers, lora, recomputation, varlen
@@ -228,7 +229,7 @@ class _Replay(torch.autograd.Function):
         return recording.hidden.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.token.done:
             raise RuntimeError(

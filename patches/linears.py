@@ -58,9 +58,9 @@ def is_plain_linear(module: Any) -> bool:
         isinstance(module, nn.Module)
         and stock_class(module) is nn.Linear
         and not has_hooks(module)
-        and "bias" in module._parameters  # or it is a buffer
-        and is_plain(module._parameters.get("weight"), module._parameters["bias"])
-        and module._parameters.get("weight") is not None
+        and {"weight", "bias"} <= module._parameters.keys()  # neither is a buffer, say
+        and is_plain(module._parameters["weight"], module._parameters["bias"])
+        and module._parameters["weight"] is not None
         and module._parameters["weight"].numel() > 0  # type: ignore[union-attr]
     )
 
@@ -74,9 +74,8 @@ def compute(modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ..
         and y.is_floating_point()
         and y.numel() > 0
         and not (y.is_meta and torch._C._len_torch_dispatch_stack() == 0)  # without data, and nobody looks on
-        and not torch.compiler.is_compiling()  # before the next two, which it cannot see through
+        and not torch.compiler.is_compiling()  # before the next, which it cannot see through
         and not y.is_inference()
-        and not torch._C._are_functorch_transforms_active()
         and all(map(is_plain_linear, modules))
     ):
         return None

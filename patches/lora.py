@@ -242,8 +242,7 @@ def _may_act(module: nn.Module, x: Any, args: Any = (), kwargs: Any = None) -> b
     """Whether a call is of a training.
 
     In reentrant checkpointing the first forward runs without gradients. One row at a time is generation, where
-    bitsandbytes has kernels of its own. An input of another width is for stock code to complain about; transforms of
-    torch.func cannot see through autograd functions of ours.
+    bitsandbytes has kernels of its own. An input of another width is for stock code to complain about.
     """
     return (
         is_live()
@@ -255,9 +254,8 @@ def _may_act(module: nn.Module, x: Any, args: Any = (), kwargs: Any = None) -> b
         and x.numel() > 0
         and x.shape[-1:] == (getattr(module, "in_features", None),)
         and not (x.is_meta and torch._C._len_torch_dispatch_stack() == 0)  # without data, and nobody looks on
-        and not torch.compiler.is_compiling()  # before the next two, which it cannot see through
+        and not torch.compiler.is_compiling()  # before the next, which it cannot see through
         and not x.is_inference()
-        and not torch._C._are_functorch_transforms_active()
     )
 
 

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from hf_turbo.kernels._launch import once_differentiable
 
 # On a GPU the tokens of a pass are filled up to a multiple of this. Kernels are compiled apart for numbers that divide
 # by 16 and for those that do not: seconds in the middle of a training. And memory is reused where sizes come again.
@@ -251,7 +252,7 @@ class _HandOut(torch.autograd.Function):
         return of.micro_batches[place].padded(values)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of, place = ctx.of, ctx.place
         micro_batch = of.micro_batches[place]

@@ -298,7 +298,7 @@ class _Walk(ProcessPatch):
     def __init__(self, owner: type, replacement: Any, *bodies: str):
         name = replacement.__name__
         super().__init__(f"module_walks:{owner.__name__}.{name}", owner, name, replacement)
-        # fingerprint() looks through wrappers, which must not be dropped.
+        # fingerprint() looks through some wrappers, which must not be dropped.
         wrapped = any(hasattr(getattr(owner, body), "__wrapped__") for body in bodies)
         self._understood = not wrapped and class_fingerprint(owner, *bodies) in _BODIES
 

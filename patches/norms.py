@@ -29,7 +29,7 @@ from .engine import (
     same_name_subclass,
     stock_class,
 )
-from .fingerprint import class_fingerprint, fingerprint
+from .fingerprint import fingerprint
 
 
 class _Body(NamedTuple):
@@ -51,10 +51,14 @@ _FORWARDS_WITH_NORM_METHOD = {
 }
 
 
-@cache
 def _body(cls: type) -> _Body | None:
-    body = _FORWARDS.get(fingerprint(forward_of(cls)) or "")
-    return body or _FORWARDS_WITH_NORM_METHOD.get(class_fingerprint(cls, "forward", "_norm") or "")
+    return _body_of(forward_of(cls), getattr(cls, "_norm", None))
+
+
+@cache  # by what a class has at present: a script may replace either
+def _body_of(forward: Callable[..., Any], norm: Any) -> _Body | None:
+    known = fingerprint(forward)
+    return _FORWARDS.get(known or "") or _FORWARDS_WITH_NORM_METHOD.get(f"{known}+{fingerprint(norm)}")
 
 
 @cache
@@ -88,8 +92,8 @@ def understood(module: Any) -> Norm | None:
     if body is None or body.centered or any(True for _ in module.children()):
         return None
     weight = module._parameters.get("weight")
-    if weight is not None and weight.ndim != 1:
-        return None
+    if getattr(module, "weight", None) is not weight or (weight is not None and weight.ndim != 1):
+        return None  # the weight is a buffer, say
     return Norm(getattr(module, body.eps), body.weight_offset, body.round_before_weight)
 
 

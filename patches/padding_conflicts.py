@@ -13,7 +13,7 @@ from torch import nn
 from . import attention_seams, varlen
 from .deepspeed import is_of_zero
 from .engine import forward_of
-from .fingerprint import syntax_tree
+from .fingerprint import syntax_tree, unwrapped
 
 DEVICES = {"cpu", "cuda"}
 
@@ -160,7 +160,7 @@ def _windows_conflict(backbone: Any) -> str | None:
         if attention is None:
             return "a layer has no self_attn"
         try:
-            source = inspect.getsource(inspect.unwrap(forward_of(type(attention))))
+            source = inspect.getsource(unwrapped(forward_of(type(attention))))
         except (OSError, TypeError):
             return "the source of its attention cannot be read"
         if "**kwargs" not in source.partition("attention_interface(")[2]:

@@ -84,7 +84,7 @@ def find(model: nn.Module) -> Finding:
     users: Counter[int] = Counter()
     namespaces: dict[int, dict[str, Any]] = {}
     for module in model.modules():
-        namespace = _namespace(type(module))  # type: ignore[arg-type]
+        namespace = _namespace(forward_of(type(module)))
         if namespace is not None:
             users[id(namespace)] += 1
             namespaces[id(namespace)] = namespace
@@ -107,9 +107,9 @@ def find(model: nn.Module) -> Finding:
 
 
 @cache
-def _namespace(cls: type) -> dict[str, Any] | None:
-    """Globals in which the class's forward looks up the function, None where it does not."""
-    forward = inspect.unwrap(forward_of(cls))
+def _namespace(forward: Callable[..., Any]) -> dict[str, Any] | None:
+    """Globals in which a forward looks up the function, whatever is around it; None where it does not."""
+    forward = inspect.unwrap(forward)
     code = getattr(forward, "__code__", None)
     if code is None or _NAME not in code.co_names:
         return None

@@ -7,7 +7,6 @@ tile too, and the bits are the same.
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import recomputation
 from .engine import Patch, forward_of, is_plain
+from .fingerprint import unwrapped
 
 # Given the tokens of a pass, the columns of gate, and whether the MLP is computed again in backward anyway: how many
 # rows are computed at a time, None for all.
@@ -79,7 +79,7 @@ class TilePatch(Patch):
 def _is_last(layer: Any, mlp: nn.Module) -> bool:
     """Whether the layer's forward calls none of its modules after this one, as far as its code tells."""
     name = next((name for name, child in layer._modules.items() if child is mlp), None)
-    code = getattr(inspect.unwrap(forward_of(type(layer))), "__code__", None)
+    code = getattr(unwrapped(forward_of(type(layer))), "__code__", None)
     names = () if code is None else code.co_names  # in the order of first use
     return name in names and not any(
         each in layer._modules and not _passes_on(layer._modules[each]) for each in names[names.index(name) + 1 :]
@@ -94,7 +94,7 @@ def _passes_on(module: nn.Module | None) -> bool:
 def tile_of(mlp: Any, x: torch.Tensor) -> Tile | None:
     """How this MLP computes `x`; None for all rows at once."""
     place, width = _PLACES.get(mlp), getattr(mlp.down_proj, "in_features", 0)
-    if place is None or not width or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if place is None or not width or torch.compiler.is_compiling():
         return None
     layer = None if place.layer is None else place.layer()
     rows = place.tiling.plan(x.numel() // x.shape[-1], width, place.is_last and _is_checkpointed(layer))

@@ -316,6 +316,19 @@ def test_gradcheck():
     )
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_second_derivatives(device, frozen):
+    """The gradient that comes to a loss is not recorded: torch's once_differentiable left their terms out silently."""
+    inputs, labels = operands(device, torch.float32, frozen=frozen)
+    (once,) = torch.autograd.grad(linear_cross_entropy(labels=labels, **inputs), inputs["hidden"])
+    (recorded,) = torch.autograd.grad(
+        linear_cross_entropy(labels=labels, **inputs), inputs["hidden"], create_graph=True
+    )
+    assert torch.equal(recorded, once)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        recorded.square().sum().backward()
+
+
 def test_ops_are_well_formed(device):
     ops = torch.ops.hf_turbo
     logits = randn(4, 11, device=device, dtype=torch.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import weakref
@@ -17,13 +18,14 @@ import torch
 from hf_turbo.kernels import linears as kernel
 from hf_turbo.patches import checkpointing, decoder_layers, linears, lora, norms
 from torch import nn
+from transformers.models.llama import modeling_llama
 
 import hf_turbo
 from tests.fp64 import Errors, hold_to_rule, squared_errors
 from tests.models import batch, loss_and_gradients, switch_on, switched_off, tiny_model
 from tests.patches.test_parity import draw, run
 
-ONLY = switched_off("layers")
+ONLY = switched_off("layers", "norms")
 PRE_NORM = ("llama-bias", "qwen3", "gemma2", "phi3", "granite", "glm4", "mixtral")
 
 
@@ -94,6 +96,23 @@ def test_switched_off(monkeypatch):
     loss_and_gradients(model, batch())
 
 
+@pytest.mark.parametrize("family", ["llama-bias", "gemma2", "olmo2", "mixtral"])
+def test_norms_that_are_switched_off_are_called_as_in_stock(family, monkeypatch):
+    """A wrong number is looked for by switching off: no kernel of ours may norm behind another role's name."""
+    monkeypatch.setattr(decoder_layers, "add_rms_norm", None)
+    calls, op = [], linears.linears
+    monkeypatch.setattr(linears, "linears", lambda *args, **kwargs: calls.append(args[3]) or op(*args, **kwargs))
+    model = tiny_model(family)
+    loss, stock = loss_and_gradients(model, batch())
+    for _ in range(2):  # met twice
+        row = row_of(hf_turbo.patch_model(model, norms=False))
+    assert (row.found, row.patched, row.kernel) == (2, 2, "linears")
+    assert row.reason == "2 x norms=False: its norms stay stock"
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+    assert calls == [None] * (2 if family == "mixtral" else 4)
+
+
 def test_projections_are_one_function(monkeypatch):
     calls, op = [], linears.linears
     monkeypatch.setattr(
@@ -122,7 +141,7 @@ def test_checkpointed_layers_give_the_same_bits(family, recomputed_by, autocast,
     hf_turbo.disable()
     calls.clear()
     switch_on(model, reentrant=recomputed_by == "torch, reentrant")
-    options = switched_off("layers", "checkpointing") if recomputed_by == "hf_turbo" else ONLY
+    options = switched_off("layers", "norms", "checkpointing") if recomputed_by == "hf_turbo" else ONLY
     report = hf_turbo.patch_model(model, **options)
     if recomputed_by == "hf_turbo":
         assert row_of(report, "checkpointing").patched == 2
@@ -153,7 +172,7 @@ def test_everything_is_put_back(family):
 
 def test_met_twice_and_beside_checkpointing_that_comes_later():
     model = tiny_model("llama")
-    options = switched_off("layers", "checkpointing")
+    options = switched_off("layers", "norms", "checkpointing")
     assert row_of(hf_turbo.patch_model(model, **options)).patched == 2
     switch_on(model)
     report = hf_turbo.patch_model(model, **options)
@@ -205,19 +224,24 @@ def test_what_an_attention_reads_may_be_saved():
     assert torch.equal(torch.load(file), seen[0])
 
 
-def test_biases_that_are_buffers():
-    model, inputs = tiny_model("llama-bias"), batch()
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "up_proj")):
-            bias = module.bias.detach()
-            del module.bias
-            module.register_buffer("bias", bias)
-    loss, stock = loss_and_gradients(model, inputs)
-    stock = {name: gradient.clone() for name, gradient in stock.items()}
-    hf_turbo.patch_model(model, **switched_off("layers", "mlp"))
-    ours, gradients = loss_and_gradients(model, inputs)
-    torch.testing.assert_close(ours, loss)
-    torch.testing.assert_close(gradients, stock)
+def test_backward_under_autocast():
+    """As some scripts have it: what is computed there in float32 stays so."""
+
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch()).loss.backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model = tiny_model("llama")
+    hf_turbo.patch_model(model, **ONLY)
+    within = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(**batch()).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (within[name] - parameter.grad).norm() <= 0.02 * parameter.grad.norm(), name
 
 
 def test_a_pass_that_failed_is_let_go():
@@ -342,13 +366,65 @@ def test_unknown_layers_and_norms_stay_stock_with_a_reason():
 def test_who_reads_an_attentions_input():
     reads = decoder_layers._reads_by_projections
     for family in ("llama", "qwen3", "gemma3", "phi3", "granite", "mixtral"):
-        assert reads(type(tiny_model(family).model.layers[0].self_attn)), family
+        assert reads(type(tiny_model(family).model.layers[0].self_attn).forward), family
 
     class Curious(nn.Module):
         def forward(self, hidden_states, **kwargs):
             return self.q_proj(hidden_states) + hidden_states.mean()
 
-    assert not reads(Curious)
+    assert not reads(Curious.forward)
+
+
+def as_buffers(model: nn.Module, part: str, name: str) -> None:
+    """A parameter of some modules becomes a buffer of the same name, as scripts freeze weights."""
+    for path, module in model.named_modules():
+        if part in path and name in module._parameters:
+            value = getattr(module, name).data
+            delattr(module, name)
+            module.register_buffer(name, value)
+
+
+@pytest.mark.parametrize(("part", "name"), [("norm", "weight"), ("q_proj", "bias"), ("up_proj", "bias")])
+def test_parameters_that_are_buffers(part, name):
+    model = tiny_model("llama-bias")
+    as_buffers(model, part, name)
+    loss, stock = loss_and_gradients(model, batch())
+    hf_turbo.patch_model(model, **ONLY)
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+
+
+@pytest.mark.parametrize("name", ["RMSNorm", "DecoderLayer"])
+def test_a_forward_that_a_script_replaces_between_two_sessions(name, monkeypatch):
+    """Classes are the same ones then: what was known of them is not."""
+    hf_turbo.patch_model(tiny_model("llama"))
+    hf_turbo.disable()
+    cls = getattr(modeling_llama, f"Llama{name}")
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, x, *args, **kwargs: forward(self, 1.5 * x, *args, **kwargs))
+    model = tiny_model("llama")
+    loss, stock = loss_and_gradients(model, batch())
+    hf_turbo.patch_model(model)
+    ours, gradients = loss_and_gradients(model, batch())
+    torch.testing.assert_close((ours, gradients), (loss, stock))
+
+
+def test_an_attention_that_a_script_replaces_reads_what_it_would(monkeypatch):
+    """Under autocast, where the projections of stock's are given what they would cast to."""
+    cls, dtypes = modeling_llama.LlamaAttention, []
+    forward = cls.forward
+
+    def attention(self, hidden_states, *args, **kwargs):
+        dtypes.append(hidden_states.dtype)
+        return forward(self, hidden_states, *args, **kwargs)
+
+    for replaced in (forward, attention, functools.wraps(forward)(attention)):
+        monkeypatch.setattr(cls, "forward", replaced)
+        model = tiny_model("llama")
+        hf_turbo.patch_model(model, **ONLY)
+        run(model, batch(), autocast=True)
+        hf_turbo.disable()
+    assert dtypes == [torch.float32] * 4
 
 
 @pytest.mark.xdist_group("parity")
@@ -394,6 +470,11 @@ def test_norms_that_are_understood():
     assert norms.understood(tiny_model("gemma").model.norm) == (1e-6, 1.0, False)
     assert norms.understood(nn.LayerNorm(4)) is None
     assert norms.understood(tiny_model("cohere2").model.norm) is None
+    frozen = tiny_model("gemma").model.norm
+    weight = frozen.weight.data
+    del frozen.weight
+    frozen.register_buffer("weight", weight)
+    assert norms.understood(frozen) is None
 
 
 def test_backward_through_a_layer_twice():

@@ -13,10 +13,11 @@ import torch
 from hf_turbo.patches import engine
 from hf_turbo.patches.engine import AttributePatch, ClassSwap, same_name_subclass
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.models.llama import modeling_llama
 
 import hf_turbo
-from tests.models import batch, loss_and_gradients, tiny_model
+from tests.models import batch, loss_and_gradients, switched_off, tiny_model
 
 
 class Doubler(nn.Module):
@@ -159,6 +160,19 @@ def test_two_forwards_stack(live):
     assert type(module) is Doubler
 
 
+def test_replacements_fall_back_to_the_forward_that_the_class_has(live, monkeypatch):
+    """A script replaces it between two sessions."""
+    assert swapped(Doubler()).revert()
+    monkeypatch.setattr(Doubler, "forward", lambda self, x: 5 * x)
+    module = Doubler()
+    patch = swapped(module)
+    engine.switch(False)
+    assert module(1) == 5
+    engine.switch(True)
+    assert patch.revert()
+    assert type(module) is Doubler
+
+
 def test_a_patch_keeps_no_model_alive(live):
     import gc
     import weakref
@@ -251,6 +265,42 @@ def test_fsdp_wrap_policies_still_find_the_layers():
     after = get_module_class_from_name(model, "LlamaDecoderLayer")
     assert issubclass(after, before)
     assert all(isinstance(layer, after) for layer in model.model.layers)
+
+
+def by_torch_func(model):
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (), batch()).loss
+
+    return torch.func.grad(loss)({name: parameter.detach() for name, parameter in model.named_parameters()})
+
+
+def forward_mode(model):
+    embeds = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    with forward_ad.dual_level():
+        logits = model(inputs_embeds=forward_ad.make_dual(embeds, torch.ones_like(embeds))).logits
+        return forward_ad.unpack_dual(logits).tangent
+
+
+@pytest.mark.parametrize("derivative", [by_torch_func, forward_mode])
+@pytest.mark.parametrize("family", ["llama-bias", "phi3"])
+def test_other_ways_to_differentiate_are_stock(family, derivative):
+    """Autograd functions of ours are for backward alone."""
+    model = tiny_model(family, attn_implementation="eager")
+    expected = derivative(model)
+    hf_turbo.patch_model(model)
+    torch.testing.assert_close(derivative(model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("role", ["norms", "mlp", "layers", "rope", "loss", "embeddings"])
+def test_second_derivatives_raise(role):
+    """A penalty on gradients would lose its terms silently; the gradients themselves are those without a graph."""
+    model = tiny_model("llama-bias", attn_implementation="eager")
+    hf_turbo.patch_model(model, **switched_off(role))
+    _, expected = loss_and_gradients(model, batch())
+    gradients = torch.autograd.grad(model(**batch()).loss, list(model.parameters()), create_graph=True)
+    torch.testing.assert_close(dict(zip(expected, gradients, strict=True)), expected)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        sum(gradient.square().sum() for gradient in gradients).backward()
 
 
 def test_unknown_forward_stays_stock_with_a_reason():

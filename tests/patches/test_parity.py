@@ -204,12 +204,18 @@ ALONE = {
 }
 
 
+def switched_on(role: str) -> tuple[str, ...]:
+    """Layers fuse norms only where those are on."""
+    return ("layers", "norms") if role == "layers" else (role,)
+
+
 @pytest.mark.parametrize(("role", "family"), [(role, family) for role in ALONE for family in ALONE[role]])
 def test_one_role_alone(role, family):
     """Errors of one role must not hide behind those of the others."""
-    with turbo(tiny_model(family), role) as report:
-        assert {row.role for row in report.rows if row.patched} == {role}
-    hold_to_rule(lambda seed: (draw(family, seed).errors("fp32", role), draw(family, seed).stock["fp32"]))
+    roles = switched_on(role)
+    with turbo(tiny_model(family), *roles) as report:
+        assert {row.role for row in report.rows if row.patched} == set(roles)
+    hold_to_rule(lambda seed: (draw(family, seed).errors("fp32", *roles), draw(family, seed).stock["fp32"]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
@@ -217,9 +223,9 @@ def test_one_role_alone(role, family):
 def test_one_role_alone_in_low_precision(role, precision):
     """All gradients of all its families together: with one role patched, most roundings are stock's own, but fall
     another way, all tensors' at once; ten draws of one family are then luck (1.12 for RoPE of glm4, 1.03 with 48)."""
-    draws = {family: [draw(family, seed) for seed in range(DRAWS)] for family in ALONE[role]}
+    roles, draws = switched_on(role), {family: [draw(family, seed) for seed in range(DRAWS)] for family in ALONE[role]}
     assert_rule_on_average(
-        {family: [(d.errors(precision, role), d.stock[precision]) for d in some] for family, some in draws.items()}
+        {family: [(d.errors(precision, *roles), d.stock[precision]) for d in some] for family, some in draws.items()}
     )
 
 
