@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_turbo.patches import micro_batches, padding
+from hf_turbo.patches import agreement, deepspeed, micro_batches, padding
 from hf_turbo.patches.engine import is_live
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
@@ -134,6 +134,34 @@ def test_weights_that_change_between_micro_batches(passes, tmp_path):
 
     turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
     assert any("Clamping.on_substep_end may look at gradients" in reason for reason in turbo.reasons)
+    assert set(passes) == {1}
+
+
+@pytest.mark.parametrize("refuses_here", [False, True])
+def test_all_processes_share_passes_or_none(refuses_here, passes, monkeypatch, tmp_path):
+    """A callback on one rank alone: that rank takes part in the agreement, and the others ask it no more afterwards."""
+    asked = []
+
+    class WithAnother:
+        """An agreement with a process that refuses where this one does not."""
+
+        def most(self, values: list[int]) -> list[int]:
+            asked.append(values)
+            return [1]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(deepspeed, "needs_agreement", lambda trainer: True)
+    monkeypatch.setattr(agreement, "Agreement", WithAnother)
+    trainer = make_sft(tmp_path, gradient_accumulation_steps=4)
+    if refuses_here:
+        trainer.add_callback(Clamping())
+    with hf_turbo.session(report=False, max_tokens_per_pass=ALL) as report:
+        trainer.train()
+    assert asked == [[refuses_here]]
+    (row,) = [row for row in report.rows if row.role == "merging"]
+    assert row.patched == 0
+    assert ("another process" in row.reason) != refuses_here
     assert set(passes) == {1}
 
 
