@@ -106,7 +106,9 @@ class _Activation:
         loss_conflict = None
         if by_loop and self.config.loss == "auto":
             loss_conflict = "a loop of your own may read outputs.logits after the step; loss=True fuses the loss"
-        find_loss: Callable[[], Finding] = lambda: head.find(model)  # noqa: E731
+        # What "auto" may do is judged by the loss of a trainer, and so for its training steps alone.
+        fused_everywhere = self.config.loss is True or trainer is None
+        find_loss: Callable[[], Finding] = lambda: head.find(model, fused_everywhere)  # noqa: E731
         if trainer is not None:
             conflict = conflict or trainer_patches.model_conflict(trainer)
             if trainer_patches.uses_fused_head(trainer):
@@ -137,7 +139,11 @@ class _Activation:
                 against = "a loop of your own may use what is computed of padding; padding=True leaves it out"
             elif self.config.padding == "auto":
                 against = trainer_patches.padding_conflict(trainer, model)
-            roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict or against)
+            everywhere = self.config.padding is True
+            roles["padding"] = (
+                lambda: padding.find(model, device_type=device.type, everywhere=everywhere),
+                conflict or against,
+            )
             accumulates = trainer is not None and trainer.args.gradient_accumulation_steps > 1
             if accumulates or self.config.merging is True:
                 roles["merging"] = (

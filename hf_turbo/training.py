@@ -155,15 +155,19 @@ class Training:
         """Whether a role of a model was patched for this training, and not just for another one of the same model."""
         return model in self._patched[role]
 
+    def _patched_models(self, role: str) -> list[nn.Module]:
+        return [model for model in self.models if self.has_patched(role, model)]
+
     def _around_step(self, trainer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        from hf_turbo.patches import padding
+        from hf_turbo.patches import head, padding
         from hf_turbo.patches.engine import is_live
 
         if trainer is not self._trainer or not is_live():  # another one of the same class
             return call(*args, **kwargs)
         with (
             nullcontext() if self._shadows is None else self._shadows.training_step(trainer.accelerator.sync_gradients),
-            padding.training_step(self.models) if self._masks_reference else nullcontext(),
+            padding.training_step(self._patched_models("padding"), self._masks_reference),
+            head.training_step(self._patched_models("loss")),
             self._others_told(),
         ):
             if self._retry is not None:
