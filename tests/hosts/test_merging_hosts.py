@@ -210,6 +210,34 @@ def test_a_training_step_of_the_script_is_left_alone(passes, tmp_path):
     assert set(passes) == {1}
 
 
+def test_a_training_step_set_on_the_trainer_is_left_alone(passes, tmp_path):
+    """It looks at the gradients behind each micro-batch; padding is left out all the same."""
+    norms = []
+
+    def make(folder: Path) -> Trainer:
+        trainer = make_sft(folder, gradient_accumulation_steps=4)
+        stock = trainer.training_step
+
+        def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = stock(*args, **kwargs)
+            norms.append(trainer.model.model.norm.weight.grad.norm())
+            return loss
+
+        trainer.training_step = step
+        return trainer
+
+    def probe(trainer: Trainer) -> dict[str, torch.Tensor]:
+        assert trainer.training_step.__name__ == "step"
+        seen = torch.stack(norms)
+        norms.clear()
+        return {"norms": seen}
+
+    turbo = compare(make, tmp_path, probe=probe, max_tokens_per_pass=ALL)
+    assert any("training_step is overridden by" in reason for reason in turbo.reasons)
+    assert passes
+    assert set(passes) == {1}
+
+
 def test_other_tensors_than_foreseen(passes, tmp_path):
     def make(folder: Path) -> Trainer:
         args = SFTConfig(**arguments(folder, gradient_accumulation_steps=4))
