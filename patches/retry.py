@@ -195,7 +195,7 @@ class Retry:
     def end(self) -> None:
         """The training is over."""
         if self._replica is not None:
-            self._replica.close()
+            self._replica.end()
 
     def _begin(self, model: Any) -> None:
         """Notes what the step begins with."""
