@@ -42,7 +42,6 @@ class _Activation:
         self._patches: list[Patch] = []
         self._met: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._of_role: weakref.WeakKeyDictionary[nn.Module, dict[str, list[Patch]]] = weakref.WeakKeyDictionary()
-        self._merging: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.training: dict[Any, Training] = {}  # by trainer, while inside train()
         report.options = asdict(config)
 
@@ -107,7 +106,9 @@ class _Activation:
         loss_conflict = None
         if by_loop and self.config.loss == "auto":
             loss_conflict = "a loop of your own may read outputs.logits after the step; loss=True fuses the loss"
-        find_loss: Callable[[], Finding] = lambda: head.find(model)  # noqa: E731
+        # What "auto" may do is judged by the loss of a trainer, and so for its training steps alone.
+        fused_everywhere = self.config.loss is True or trainer is None
+        find_loss: Callable[[], Finding] = lambda: head.find(model, fused_everywhere)  # noqa: E731
         if trainer is not None:
             conflict = conflict or trainer_patches.model_conflict(trainer)
             if trainer_patches.uses_fused_head(trainer):
@@ -138,7 +139,11 @@ class _Activation:
                 against = "a loop of your own may use what is computed of padding; padding=True leaves it out"
             elif self.config.padding == "auto":
                 against = trainer_patches.padding_conflict(trainer, model)
-            roles["padding"] = (lambda: padding.find(model, device_type=device.type), conflict or against)
+            everywhere = self.config.padding is True
+            roles["padding"] = (
+                lambda: padding.find(model, device_type=device.type, everywhere=everywhere),
+                conflict or against,
+            )
             accumulates = trainer is not None and trainer.args.gradient_accumulation_steps > 1
             if accumulates or self.config.merging is True:
                 roles["merging"] = (
@@ -173,18 +178,16 @@ class _Activation:
                 conflict or against,
             )
         name = _model_name(model)
-        self._merging.discard(model)
-        rows = []
-        for role, (find, reason) in roles.items():
-            row = self._apply(model, name, role, find(), reason)
-            if getattr(self.config, role) is True and row.patched == 0 and not by_loop:
+        rows = [self._apply(model, name, role, find(), reason) for role, (find, reason) in roles.items()]
+        training = self.training.get(trainer)
+        if training is not None:
+            rows = training.met(model, rows)
+        for row in rows:
+            if getattr(self.config, row.role) is True and row.patched == 0 and not by_loop:
                 raise RuntimeError(
-                    f"hf_turbo: {role}=True was asked for but cannot be had on {name}: "
-                    f"{row.reason or 'the model has no such part'}. Use {role}='auto' to go on without it"
+                    f"hf_turbo: {row.role}=True was asked for but cannot be had on {name}: "
+                    f"{row.reason or 'the model has no such part'}. Use {row.role}='auto' to go on without it"
                 )
-            rows.append(row)
-            if role == "merging" and row.patched:
-                self._merging.add(model)
         if "lora" in roles and expands and self.config.expanded_weights == "auto":
             size = lora.expanded_bytes(model) / 2**30
             self.report.notes.append(f"{name}: 4-bit weights stay expanded, in {size:.1f} GiB of what is free")
@@ -335,8 +338,8 @@ class _Activation:
 
     def passes(
         self, model: nn.Module, agreement: Agreement | None, first_alone: bool = False
-    ) -> Callable[[list[int], int, float | None, bool], list[int]] | None:
-        """How many micro-batches of a step share a pass through this model; None where none do.
+    ) -> Callable[[list[int], int, float | None, bool], list[int]]:
+        """How many micro-batches of a step share a pass through this model.
 
         Args:
             agreement: between processes that have to compute the same passes; None where each may have its own.
@@ -346,8 +349,6 @@ class _Activation:
 
         from .policies import batching
 
-        if model not in self._merging:
-            return None
         fixed = self.config.max_tokens_per_pass
 
         def plan(tokens: list[int], worst: int, kept_per_token: float | None, may_share: bool) -> list[int]:
@@ -705,7 +706,9 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
             training = activation.training[trainer]
             training.begin_step()
             model, *references = training.models
-            plan = activation.passes(model, training.agreement, deepspeed.overwrites_gradients(trainer))
+            plan = None
+            if training.has_patched("merging", model):
+                plan = activation.passes(model, training.agreement, deepspeed.overwrites_gradients(trainer))
             anchored = deepspeed.needs_gradients(trainer)
             padding.batches_fetched(model, batches, plan, training.agreement is not None, references, anchored)
             if training.meter is not None:

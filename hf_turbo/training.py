@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
     from .config import TurboConfig
     from .metrics import MetricsCallback
-    from .reports import Report
+    from .reports import Report, Row
 
 _ENDED = "ended:"  # begins the last line that a process has for the others
 
@@ -50,6 +53,7 @@ class Training:
         self._board = Board() if several else None
         self._report = report
         self._config = config
+        self._patched: defaultdict[str, weakref.WeakSet[nn.Module]] = defaultdict(weakref.WeakSet)  # models by role
         self._paging: PagedOptimizer | None = None
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
@@ -162,15 +166,41 @@ class Training:
         models = (self._trainer.model, getattr(self._trainer, "ref_model", None))
         return [each for each in models if each is not None]
 
+    def met(self, model: nn.Module, rows: list[Row]) -> list[Row]:
+        """A model has been patched for this training; its rows, after all processes have agreed.
+
+        They share passes all or none, and each has to be asked, whatever it found: one may have a callback of its own.
+        """
+        if self.agreement is not None:
+            shares = any(row.role == "merging" and row.patched for row in rows)
+            (another_does_not,) = self.agreement.most([not shares])
+            if shares and another_does_not:
+                reason = "another process shares no passes"
+                rows = [
+                    dataclasses.replace(row, patched=0, reason=reason) if row.role == "merging" else row for row in rows
+                ]
+        for row in rows:
+            models = self._patched[row.role]
+            models.add(model) if row.patched else models.discard(model)
+        return rows
+
+    def has_patched(self, role: str, model: nn.Module) -> bool:
+        """Whether a role of a model was patched for this training, and not just for another one of the same model."""
+        return model in self._patched[role]
+
+    def _patched_models(self, role: str) -> list[nn.Module]:
+        return [model for model in self.models if self.has_patched(role, model)]
+
     def _around_step(self, trainer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        from hf_turbo.patches import padding
+        from hf_turbo.patches import head, padding
         from hf_turbo.patches.engine import is_live
 
         if trainer is not self._trainer or not is_live():  # another one of the same class
             return call(*args, **kwargs)
         with (
             nullcontext() if self._shadows is None else self._shadows.training_step(trainer.accelerator.sync_gradients),
-            padding.training_step(self.models) if self._masks_reference else nullcontext(),
+            padding.training_step(self._patched_models("padding"), self._masks_reference),
+            head.training_step(self._patched_models("loss")),
             self._others_told(),
         ):
             if self._retry is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from .collectives import Tape
 from .engine import ClassSwap, same_name_subclass
@@ -48,13 +49,16 @@ class Replica:
         """`model`: as the training step is called with it."""
         self.model, self.tape = model, Tape()
         self._against = _conflict(model)
-        self._is_awaited = False  # DDP counts gradients of this step, and some may have left
+        self._is_counting = False  # DDP counts gradients of this step: a forward with gradients has told it to
+        self._is_awaited = False  # it did in a step that is done again, and some may have left
         self._is_muted = False
         self._told = set[int]()  # of which parameters DDP was told, as far as known
         self._watches: list[Any] = []
         self._has_own_hooks = False
+        self._forwards: RemovableHandle | None = None
         if self._against is None:
             self._parameters = model._build_params_for_reducer()[0]
+            self._forwards = model.register_forward_hook(self._make_forward_hook())
             # While DDP notes in which order gradients come, in its first step, it must not be told of any twice.
             if not (model.find_unused_parameters or model._has_rebuilt_buckets):
                 self._nodes = self._hook(self._watch)
@@ -63,7 +67,7 @@ class Replica:
         """Before the first micro-batch of a step."""
         self.tape.begin()
         self._told.clear()
-        self._is_awaited = False
+        self._is_counting = self._is_awaited = False
         if self._against is not None:
             return
         model = self.model
@@ -71,16 +75,22 @@ class Replica:
             self.close()
         if model._check_sync_bufs_pre_fwd():
             model._sync_buffers()
-        # From here to the end of the last forward, where DDP sets it.
+        # From here to the end of the last forward, where DDP sets it; or clears it, behind one without gradients.
         model.require_forward_param_sync = False
 
     def go_on(self) -> None:
         """Before each of the others."""
-        if self._against is None and self.model.require_forward_param_sync:
+        if self._is_counting:
             self.tape.against = "gradients are averaged more than once a step"
 
+    def end(self) -> None:
+        """The training is over. Hooks that stand in for DDP's own stay."""
+        self.close()
+        if self._forwards is not None:
+            self._forwards.remove()
+
     def close(self) -> None:
-        """Ends what is only watched. Hooks that stand in for DDP's own stay."""
+        """Ends what is only watched of gradients."""
         if not self._has_own_hooks:
             while self._watches:
                 self._watches.pop().remove()
@@ -99,8 +109,9 @@ class Replica:
     def take_back(self) -> None:
         """The step is about to be done again."""
         self.tape.rewind()
-        if self.model.require_forward_param_sync:
-            self._is_awaited, self.model.require_forward_param_sync = True, False
+        self.model.require_forward_param_sync = False
+        if self._is_counting:
+            self._is_awaited = True
             if not self._has_own_hooks:  # DDP's own cannot be told to wait
                 self.close()
                 self.model.reducer._remove_autograd_hooks()
@@ -163,13 +174,23 @@ class Replica:
         self._watches.extend(node.register_hook(what(place)) for place, node in enumerate(nodes))
         return nodes
 
+    def _make_forward_hook(self) -> Callable[..., None]:
+        this = weakref.ref(self)
+
+        def forward_hook(model: Any, *_: Any) -> None:
+            replica = this()
+            if replica is not None and not replica._is_muted and torch.is_grad_enabled():
+                replica._is_counting |= model.require_backward_grad_sync
+
+        return forward_hook
+
     def _watch(self, place: int) -> Callable[..., None]:
-        told, model = self._told, weakref.ref(self.model)
+        this = weakref.ref(self)
 
         def watch(*_: Any) -> None:
-            found = model()
-            if found is not None and found.require_forward_param_sync:
-                told.add(place)
+            replica = this()
+            if replica is not None and replica._is_counting:
+                replica._told.add(place)
 
         return watch
 
@@ -181,7 +202,7 @@ class Replica:
             replica, found = this(), model()
             if found is None or (replica is not None and replica._is_muted):
                 return
-            if replica is not None and found.require_forward_param_sync:
+            if replica is not None and replica._is_counting:
                 replica._told.add(place)
             found.reducer._autograd_hook(place)
 

@@ -9,7 +9,9 @@ TRL trainers compute their losses elsewhere; see trl.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -61,6 +63,12 @@ _TAILS = {
     "bedb4f9dd222": _COHERE,
 }
 
+
+# The CausalLMs inside a model that was patched; those whose loss is fused wherever they are called; those in the
+# training step of a trainer that does not look at the logits. A callback, or a loop behind `train()`, may do so.
+_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
+_EVERYWHERE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_IN_STEP: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 _LOSS_OPTIONS = ("shift_labels", "num_items_in_batch", "ignore_index")
 
@@ -128,6 +136,7 @@ def _can_fuse(model: Any, tail: _Tail, args: tuple[Any, ...], kwargs: dict[str, 
     return bool(
         is_live()
         and model.training
+        and (model in _IN_STEP or model in _EVERYWHERE)
         and not args
         and torch.is_grad_enabled()
         and isinstance(labels, torch.Tensor)
@@ -233,8 +242,23 @@ def _fused_forward(model: Any, tail: _Tail, kwargs: dict[str, Any]) -> Any:
     )
 
 
-def find(model: nn.Module) -> Finding:
-    """Class swaps of every CausalLM whose tail is understood, and of its head."""
+@contextmanager
+def training_step(models: list[nn.Module]) -> Iterator[None]:
+    """Around a training step whose loss does not look at the logits of these models."""
+    causal_lms = [each for model in models for each in _OF_MODEL.get(model, ())]
+    _IN_STEP.update(causal_lms)
+    try:
+        yield
+    finally:
+        _IN_STEP.difference_update(causal_lms)
+
+
+def find(model: nn.Module, everywhere: bool = True) -> Finding:
+    """Class swaps of every CausalLM whose tail is understood, and of its head.
+
+    Args:
+        everywhere: whether the loss is fused wherever they are called; else within `training_step` alone.
+    """
     finding = Finding("loss", "linear_cross_entropy", Exactness.REASSOCIATED)
     for name, module in model.named_modules():
         cls = stock_class(module)
@@ -243,16 +267,17 @@ def find(model: nn.Module) -> Finding:
         if "peft" in cls.__module__:  # a wrapper; the model inside it is the one to patch
             continue
         finding.found += 1
-        if is_swapped(module):
-            finding.patched += 1
-            continue
-        reason = _refusal(module, cls)
+        reason = None if is_swapped(module) else _refusal(module, cls)
         if reason is not None:
             finding.refuse(reason)
             continue
+        finding.patched += 1
+        _OF_MODEL.setdefault(model, weakref.WeakSet()).add(module)
+        _EVERYWHERE.add(module) if everywhere else _EVERYWHERE.discard(module)
+        if is_swapped(module):
+            continue
         tail = _TAILS[fingerprint(forward_of(cls)) or ""]
         head = module.lm_head
-        finding.patched += 1
         finding.patches.append(ClassSwap(f"loss:{name}", module, same_name_subclass(cls, _make_model_forward_of(tail))))
         finding.patches.append(
             ClassSwap(f"loss:{name}.lm_head", head, same_name_subclass(nn.Linear, _make_head_forward))

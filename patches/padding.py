@@ -71,7 +71,10 @@ class _State:
         skip: whether the batches of the present step bear labels on padding.
         step: the micro-batches of the present step, where a trainer fetched them.
         foreseen: the same, for calls that ask for no gradients.
-        in_step: whether a trainer is in its training step, and not in evaluation or in a callback.
+        acts_everywhere: whether padding is left out wherever the backbone is called, and not in `in_step` alone.
+        in_step: whether the trainer whose loss leaves padding out is in its training step, and not in evaluation, in a
+            callback or behind `train()`, where another trainer or a loop of the script's may call the model.
+        masks_reference: whether in that step calls that ask for no gradients leave padding out, too.
         stock_tokens, tokens, micro_batches, passes: that stock would have computed, and that were computed.
         worst: tokens of the largest micro-batch so far, padding included.
         kept_per_token: bytes that forward keeps for backward, the most of the passes measured.
@@ -85,7 +88,8 @@ class _State:
         self.takes_packed_rows = positions and attention_seams.is_computed_here(self.attention)
         self._hooks, self._parameters = padding_conflicts.HookWatch(backbone), list(backbone.parameters())
         self.reason = ""
-        self.tried = self.skip = self.in_step = False
+        self.tried = self.skip = self.in_step = self.masks_reference = False
+        self.acts_everywhere = True
         self.step: Step | None = None
         self.foreseen: list[MicroBatch] = []
         self._at_padding: torch.Tensor | None = None
@@ -195,6 +199,8 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _State) -> tuple[Pass, int] | None:
     """The pass that a call belongs to, and its place there; None where stock computes it."""
+    if not (state.in_step or state.acts_everywhere):
+        return None
     claimed = None if state.step is None else state.step.claim(kwargs, rest)
     if claimed is not None and claimed[0].is_computed:
         return claimed
@@ -216,7 +222,7 @@ def _without_gradients(
 ) -> Any:
     """The output for a call inside a training step that asks for no gradients: log-probabilities of a reference model,
     or of the policy as it was. None where stock computes it."""
-    if not (is_live() and state.in_step) or state.reason or state.skip or state.is_hooked():
+    if not (is_live() and state.in_step and state.masks_reference) or state.reason or state.skip or state.is_hooked():
         return None
     if not _may_flatten(backbone, kwargs, state):
         return None
@@ -397,8 +403,12 @@ def backbones(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def find(model: nn.Module, *, device_type: str) -> Finding:
-    """Class swaps for backbones that may compute flattened batches, and the seam in attention."""
+def find(model: nn.Module, *, device_type: str, everywhere: bool = True) -> Finding:
+    """Class swaps for backbones that may compute flattened batches, and the seam in attention.
+
+    Args:
+        everywhere: whether they do wherever they are called; else within `training_step` alone.
+    """
     finding = Finding("padding", "varlen_attention", Exactness.REASSOCIATED)
     swaps: list[Patch] = []
     seams: dict[Patch, None] = {}
@@ -417,6 +427,7 @@ def find(model: nn.Module, *, device_type: str) -> Finding:
             subclass = same_name_subclass(stock_class(backbone), _make_forward)
             swaps.append(ClassSwap(f"padding:{name}", backbone, subclass))
             seams.update(dict.fromkeys(attention_seams.seams(backbone)))
+        _STATES[backbone].acts_everywhere = everywhere
         _OF_MODEL.setdefault(model, weakref.WeakSet()).add(backbone)
     finding.patches = [*seams, *swaps]
     return finding
@@ -485,11 +496,15 @@ def find_graphs(model: nn.Module, *, device_type: str, checkpointed: bool | None
 
 
 @contextmanager
-def training_step(models: list[nn.Module]) -> Iterator[None]:
-    """Around a trainer's training step with these models: the one trained, and the one it is held against."""
+def training_step(models: list[nn.Module], masks_reference: bool) -> Iterator[None]:
+    """Around a trainer's training step with these models: the one trained, and the one it is held against.
+
+    Args:
+        masks_reference: whether what it computes without gradients is of real tokens alone.
+    """
     states = [state for model in models for state in _states(model)]
     for state in states:
-        state.in_step = True
+        state.in_step, state.masks_reference = True, masks_reference
     try:
         yield
     finally:

@@ -1,9 +1,10 @@
 """A step that ran out of memory is taken back and done again: same samples, same random numbers, nothing counted twice.
 
 What a micro-batch leaves behind is gradients, random states, and what the trainer notes of it (metrics, counters,
-buffers). All micro-batches of an optimizer step are done again, since the gradients of a failed backward cannot be told
-from those that were there: at the beginning of a step there are none. What cannot be taken back (weights or inputs that
-have changed within the step) is looked for first, and then the error is the script's.
+buffers, generators of its own). All micro-batches of an optimizer step are done again, since the gradients of a failed
+backward cannot be told from those that were there: at the beginning of a step there are none. What cannot be taken back
+(weights, inputs or tensors of the trainer that have changed within the step, logs) is looked for first, and then the
+error is the script's.
 
 Of several processes under DDP each does it for itself (ddp.py).
 """
@@ -12,6 +13,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import random
+import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -52,6 +55,9 @@ def _noted(value: Any) -> Callable[[], Any]:
         return _noted_container(value)
     if isinstance(value, _PLAIN):
         return lambda: value
+    set_back = _generator_state(value)
+    if set_back is not None:
+        return set_back
     try:
         reference = weakref.ref(value)
     except TypeError:
@@ -66,10 +72,45 @@ def _noted(value: Any) -> Callable[[], Any]:
     return revived
 
 
+def _generator_state(value: Any) -> Callable[[], Any] | None:
+    """What sets a generator of random numbers back, and returns it; None for anything else."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator):
+        drawn = value.get_state()
+        return lambda: value.set_state(drawn)
+    if isinstance(value, random.Random):
+        python = value.getstate()
+        return lambda: (value.setstate(python), value)[1]
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        bits = value.bit_generator.state
+        return lambda: (setattr(value.bit_generator, "state", bits), value)[1]
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        legacy = value.get_state(legacy=False)
+        return lambda: (value.set_state(legacy), value)[1]
+    return None
+
+
 def _noted_element(value: Any) -> Callable[[], Any]:
     if isinstance(value, _PLAIN) or type(value) in _CONTAINERS:
         return _noted(value)
-    raise _NotOurs
+    set_back = _generator_state(value)
+    if set_back is None:
+        raise _NotOurs
+    return set_back
+
+
+def _mark(value: Any) -> Any:
+    """Of a tensor, or a container that is not put back: which one it is, and what changes when it is written to.
+
+    None for anything else.
+    """
+    if isinstance(value, torch.Tensor):
+        return id(value), _versions(iter([value]))
+    if type(value) not in _CONTAINERS:
+        return None
+    inside = value.values() if isinstance(value, dict) else value
+    marks = [] if len(value) > _MOST_COPIED else [mark for each in inside if (mark := _mark(each)) is not None]
+    return id(value), [len(value), marks]
 
 
 def _noted_container(value: Any) -> Callable[[], Any]:
@@ -109,11 +150,28 @@ class _Notes:
 
     def __init__(self, trainer: Any):
         self._attributes = []
+        self._marks: dict[str, Any] = {}  # of what is not put back
+        self._logs = len(trainer.state.log_history)
         for name, value in vars(trainer).items():
-            with suppress(_NotOurs):
+            try:
                 self._attributes.append((name, _noted(value)))
+            except _NotOurs:
+                self._marks[name] = _mark(value)
+            if isinstance(value, torch.Tensor):
+                self._marks[name] = _mark(value)
         # Its history of logs is long, and not written within a step.
         self._counters = {name: value for name, value in vars(trainer.state).items() if isinstance(value, (int, float))}
+
+    def lasting(self, trainer: Any) -> str | None:
+        """What has been done since and cannot be taken back, or None."""
+        if len(trainer.state.log_history) != self._logs:
+            return "the loss has logged"
+        for name, mark in self._marks.items():
+            now = _mark(vars(trainer).get(name))
+            # Another object in its place is one that the step has made, and makes again.
+            if mark is not None and now is not None and now[0] == mark[0] and now != mark:
+                return f"the loss has written to {name!r} of the trainer"
+        return None
 
     def restore(self, trainer: Any) -> None:
         attributes = vars(trainer)
@@ -191,12 +249,13 @@ class Retry:
     def begin_step(self) -> None:
         """The next micro-batch is the first of a step: there are no gradients."""
         self._done: list[_MicroBatch] = []
+        self._lasting: str | None = None  # what has been done in the step that cannot be taken back
         self._tries = 0
 
     def end(self) -> None:
         """The training is over."""
         if self._replica is not None:
-            self._replica.close()
+            self._replica.end()
 
     def _begin(self, model: Any) -> None:
         """Notes what the step begins with."""
@@ -237,7 +296,9 @@ class Retry:
         while True:
             try:
                 with nullcontext() if replica is None else replica.tape.running():
-                    return work()
+                    result = work()
+                self._lasting = self._lasting or self._done[-1].notes.lasting(self._trainer)
+                return result
             except torch.OutOfMemoryError as error:
                 # Not the error itself: it holds the frames that failed, and these the tensors of the pass.
                 message, culprit = str(error), _culprit(error, self._trainer.model, self._trainer.args.device)
@@ -266,6 +327,9 @@ class Retry:
             return "the model has written to its buffers"
         if not all(each.is_as_before for each in self._done):
             return "the inputs of the step have changed"
+        lasting = self._lasting or self._done[-1].notes.lasting(self._trainer)
+        if lasting is not None:
+            return lasting
         if len({each.device for each in self._parameters}) > 1:
             return "the model is on several devices"
         return None if self._replica is None else self._replica.conflict()

@@ -66,13 +66,30 @@ def entry_patches(
     return [AttributePatch(f"trainer:{name}", trainer_cls, name, new) for name, new in replacements.items()]
 
 
+def method_of(trainer: Any, name: str) -> Any:
+    """A method as it is called: it may be set on the trainer itself."""
+    return vars(trainer).get(name, getattr(type(trainer), name))
+
+
+def _qualname(method: Any) -> str:
+    """A callable object set on a trainer has no name of its own."""
+    return str(getattr(method, "__qualname__", type(method).__qualname__))
+
+
 def step_patch(trainer: Any, around_step: Callable[..., Any]) -> Patch:
-    """The patch of the training step of a trainer's class, as outermost overridden.
+    """The patch of the training step of a trainer's class, as outermost overridden, or of one set on the trainer.
 
     Args:
         around_step: called with a trainer, what computes its step, and the arguments for that, as a tuple and a dict;
             returns what that returns.
     """
+    if "training_step" in vars(trainer):
+        set_here = trainer.training_step
+
+        def training_step_here(*args: Any, **kwargs: Any) -> Any:
+            return around_step(trainer, set_here, args, kwargs)
+
+        return AttributePatch("trainer:training_step", trainer, "training_step", training_step_here)
     owner = next(cls for cls in type(trainer).__mro__ if "training_step" in vars(cls))
     stock = owner.training_step  # type: ignore[attr-defined]
 
@@ -89,20 +106,20 @@ _WITH_REFERENCE = {f"trl.trainer.{name}_trainer" for name in ("dpo", "kto", "grp
 
 def masks_reference(trainer: Any) -> bool:
     """Whether what this trainer computes without gradients is of real tokens alone."""
-    compute_loss = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    compute_loss = method_of(trainer, "compute_loss")
     return compute_loss.__module__ in _WITH_REFERENCE
 
 
 def loss_conflict(trainer: Any) -> str | None:
     """Why this trainer's causal-LM loss stays stock, or None."""
-    compute_loss = type(trainer).compute_loss
+    compute_loss = method_of(trainer, "compute_loss")
     package = compute_loss.__module__.partition(".")[0]
     if getattr(trainer, "label_smoother", None) is not None:
         return "label smoothing needs the logits"
     if getattr(trainer, "compute_loss_func", None) is not None:
         return "compute_loss_func needs the logits"
     if package not in {"transformers", "trl"}:
-        return f"compute_loss is overridden by {compute_loss.__qualname__.partition('.')[0]} and may read the logits"
+        return f"compute_loss is overridden by {_qualname(compute_loss).partition('.')[0]} and may read the logits"
     if trainer.args.n_gpu > 1:
         return "nn.DataParallel gathers the logits; launch one process per device instead"
     return parallelism(trainer)
@@ -124,9 +141,9 @@ _HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForSequenceClassification"
 
 def padding_conflict(trainer: Any, model: Any) -> str | None:
     """Why a loss of this trainer might use what is computed of padding, or None."""
-    compute_loss = vars(trainer).get("compute_loss", type(trainer).compute_loss)
+    compute_loss = method_of(trainer, "compute_loss")
     if compute_loss.__module__.partition(".")[0] not in {"transformers", "trl"}:
-        return f"{compute_loss.__qualname__} may use what is computed of padding"
+        return f"{_qualname(compute_loss)} may use what is computed of padding"
     if callable(getattr(trainer, "compute_loss_func", None)):  # TRL 1.15 puts a string there, to other ends
         return "compute_loss_func may use what is computed of padding"
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -156,9 +173,9 @@ def gathers_weights(trainer: Any) -> str | None:
 
 def step_conflict(trainer: Any) -> str | None:
     """Why what this trainer's training step does is not known, or None."""
-    training_step = type(trainer).training_step
+    training_step = method_of(trainer, "training_step")
     if training_step.__module__.partition(".")[0] not in {"transformers", "trl"}:
-        return f"training_step is overridden by {training_step.__qualname__.partition('.')[0]}"
+        return f"training_step is overridden by {_qualname(training_step).partition('.')[0]}"
     if trainer.args.n_gpu > 1:
         return "nn.DataParallel; launch one process per device instead"
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))

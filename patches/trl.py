@@ -17,6 +17,7 @@ from hf_turbo.kernels.linear_cross_entropy import OPTIONAL_OUTPUTS, LogitTransfo
 
 from .engine import AttributePatch, Exactness, Finding, Patch, is_live, is_plain
 from .fingerprint import fingerprint
+from .trainer import method_of
 
 MODULE = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"
@@ -112,7 +113,7 @@ def _passes_labelled_rows_only(device: torch.device) -> bool:
 def _weights_rows_alike(trainer: Any) -> bool:
     return (
         fingerprint(sys.modules[MODULE].add_fused_lm_head) in _FUSED_HEADS
-        and fingerprint(type(trainer).compute_loss) in _UNIFORM_LOSSES
+        and fingerprint(method_of(trainer, "compute_loss")) in _UNIFORM_LOSSES
         and getattr(trainer.args, "loss_type", None) == "nll"
         and getattr(trainer, "compute_loss_func", None) is None
         and getattr(trainer, "label_smoother", None) is None

@@ -342,7 +342,6 @@ def sharing_worker(rank: int, port: int, folder: str) -> None:
         if name == "turbo":
             hf_turbo.patch_model(model, padding=True, max_tokens_per_pass=70)
             activation = lifecycle._STATE.enabled
-            activation._merging.add(model)  # which a Trainer under FSDP2 would have done
 
             def announce(batches: list[Any], model: Any = model, activation: Any = activation) -> None:
                 padding.batches_fetched(model, batches, activation.passes(model, agreement), is_collective=True)

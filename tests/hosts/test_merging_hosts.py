@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_turbo.patches import micro_batches, padding
+from hf_turbo.patches import agreement, deepspeed, micro_batches, padding
 from hf_turbo.patches.engine import is_live
 from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
@@ -137,6 +137,34 @@ def test_weights_that_change_between_micro_batches(passes, tmp_path):
     assert set(passes) == {1}
 
 
+@pytest.mark.parametrize("refuses_here", [False, True])
+def test_all_processes_share_passes_or_none(refuses_here, passes, monkeypatch, tmp_path):
+    """A callback on one rank alone: that rank takes part in the agreement, and the others ask it no more afterwards."""
+    asked = []
+
+    class WithAnother:
+        """An agreement with a process that refuses where this one does not."""
+
+        def most(self, values: list[int]) -> list[int]:
+            asked.append(values)
+            return [1]
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(deepspeed, "needs_agreement", lambda trainer: True)
+    monkeypatch.setattr(agreement, "Agreement", WithAnother)
+    trainer = make_sft(tmp_path, gradient_accumulation_steps=4)
+    if refuses_here:
+        trainer.add_callback(Clamping())
+    with hf_turbo.session(report=False, max_tokens_per_pass=ALL) as report:
+        trainer.train()
+    assert asked == [[refuses_here]]
+    (row,) = [row for row in report.rows if row.role == "merging"]
+    assert row.patched == 0
+    assert ("another process" in row.reason) != refuses_here
+    assert set(passes) == {1}
+
+
 def test_resumed_from_a_checkpoint_of_stock_in_the_middle_of_an_epoch(passes, tmp_path):
     more = {"gradient_accumulation_steps": 3, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -179,6 +207,34 @@ def test_a_training_step_of_the_script_is_left_alone(passes, tmp_path):
 
     turbo = compare(make, tmp_path, max_tokens_per_pass=ALL)
     assert "training_step is overridden by Stepwise" in turbo.reasons
+    assert set(passes) == {1}
+
+
+def test_a_training_step_set_on_the_trainer_is_left_alone(passes, tmp_path):
+    """It looks at the gradients behind each micro-batch; padding is left out all the same."""
+    norms = []
+
+    def make(folder: Path) -> Trainer:
+        trainer = make_sft(folder, gradient_accumulation_steps=4)
+        stock = trainer.training_step
+
+        def step(*args: Any, **kwargs: Any) -> torch.Tensor:
+            loss = stock(*args, **kwargs)
+            norms.append(trainer.model.model.norm.weight.grad.norm())
+            return loss
+
+        trainer.training_step = step
+        return trainer
+
+    def probe(trainer: Trainer) -> dict[str, torch.Tensor]:
+        assert trainer.training_step.__name__ == "step"
+        seen = torch.stack(norms)
+        norms.clear()
+        return {"norms": seen}
+
+    turbo = compare(make, tmp_path, probe=probe, max_tokens_per_pass=ALL)
+    assert any("training_step is overridden by" in reason for reason in turbo.reasons)
+    assert passes
     assert set(passes) == {1}
 
 

@@ -182,6 +182,71 @@ def test_other_calls_without_gradients_stay_stock(without_gradients, tmp_path):
     assert not any(without_gradients[during:])
 
 
+class Looking(TrainerCallback):
+    """What a model in training says of padding, and its logits, after the first step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            self.seen = look(model)
+
+
+def look(model: Any) -> dict[str, torch.Tensor]:
+    model.train()
+    rows = tokenizer()([ROWS[0]["prompt"], ROWS[1]["completion"]], padding=True, return_tensors="pt")
+    outputs = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], labels=rows["input_ids"])
+    inner = model.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"])
+    assert type(outputs.logits) is torch.Tensor
+    return {"logits": outputs.logits, "hidden": inner.last_hidden_state}
+
+
+def test_outside_of_the_step_that_was_judged_all_is_stock(passes, tmp_path):
+    """A callback and a loop behind `train()` may look at padding and at logits, and nobody has judged them."""
+    callback = Looking()
+
+    def make(folder: Path) -> Trainer:
+        trainer = make_plain(folder)
+        trainer.add_callback(callback)
+        return trainer
+
+    def probe(trainer: Trainer) -> dict[str, torch.Tensor]:
+        behind = look(trainer.model)
+        return {**{f"callback's {name}": value for name, value in callback.seen.items()}, **behind}
+
+    turbo = compare(make, tmp_path, probe=probe)
+    assert turbo.patched["padding"] == turbo.patched["loss"] == 1
+    assert len(passes) == len(turbo.logged("loss"))
+
+
+class Training(TrainerCallback):
+    """Trains the same model by another trainer for a step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            other = make_plain(Path(args.output_dir) / "other", max_steps=1)
+            other.model = other.model_wrapped = model
+            other.train()
+
+
+class PooledLoss(Trainer):
+    """A loss against a target that padding is part of, where no gradient comes to it."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        outputs = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        hidden = outputs.last_hidden_state
+        return (hidden[:, 0] - hidden.detach().mean(1)).square().mean()
+
+
+def test_another_trainer_of_the_same_model_judges_for_itself(passes, tmp_path):
+    def make(folder: Path) -> Trainer:
+        trainer = make_plain(folder, max_steps=4)
+        trainer.__class__ = PooledLoss
+        trainer.add_callback(Training())
+        return trainer
+
+    compare(make, tmp_path)
+    assert len(passes) == 1  # the other's step
+
+
 WITH_REFERENCE = [make_dpo, make_adapted_dpo, make_kto, make_grpo, make_rloo]
 
 

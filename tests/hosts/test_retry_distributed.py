@@ -39,6 +39,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Faults]] = {
     "metrics": ("sft", TWO, ({"attention backward": {5}, "loss": {5}}, {"gather": {6, 13}, "loss": {7}})),
     "dropout": ("dropout", TWO, ({"attention backward": {6}}, {})),
     "pairs": ("dpo", {}, ({"gather": {4}}, {"attention backward": {2}})),
+    # Behind the forward with gradients the loss asks the wrapped model for more without: DDP counts all the same.
+    "teacher": ("teacher", {"ddp_broadcast_buffers": False}, ({}, {"attention backward": {3}})),
 }
 
 
@@ -46,7 +48,25 @@ def makers() -> dict[str, Callable[..., Any]]:
     from tests.hosts import test_padding_hosts, test_retry_hosts
 
     plain = {name: getattr(test_padding_hosts, f"make_{name}") for name in ("plain", "sft", "dpo")}
-    return {**plain, "dropout": test_retry_hosts.make_dropout}
+    return {**plain, "dropout": test_retry_hosts.make_dropout, "teacher": make_teacher}
+
+
+def make_teacher(folder: Path, **more: Any) -> Any:
+    """A loss that calls the model twice, the second time without gradients."""
+    from tests.hosts.test_padding_hosts import make_plain
+
+    trainer = make_plain(folder, **more)
+    stock = type(trainer).compute_loss
+
+    class Held(type(trainer)):
+        def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+            loss = stock(self, model, inputs, **kwargs)
+            with torch.no_grad():
+                held = model(**inputs).loss
+            return loss * (1 + held)
+
+    trainer.__class__ = Held
+    return trainer
 
 
 def inject() -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -249,6 +250,20 @@ class Popping(SFTTrainer):
         return super().compute_loss(model, kept, **kwargs) * scale
 
 
+class OwnGenerators(SFTTrainer):
+    """Random numbers in the loss, of generators that the trainer keeps."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.of_torch, self.of_python = torch.Generator().manual_seed(3), random.Random(3)
+        self.of_numpy = {"new": numpy.random.default_rng(3), "old": numpy.random.RandomState(3)}
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        drawn = torch.rand((), generator=self.of_torch) + self.of_python.random()
+        drawn = drawn + self.of_numpy["new"].random() + self.of_numpy["old"].random()
+        return super().compute_loss(model, inputs, **kwargs) * (1 + drawn)
+
+
 class Perturbing(SFTTrainer):
     """Weights that differ while the gradient is computed, as in adversarial training."""
 
@@ -266,7 +281,7 @@ def of_class(cls: type, folder: Path, **more: Any) -> Trainer:
     return cls(tiny_model("llama"), args, train_dataset=Dataset.from_list(ROWS), processing_class=tokenizer())
 
 
-@pytest.mark.parametrize("cls", [Drawing, Popping])
+@pytest.mark.parametrize("cls", [Drawing, Popping, OwnGenerators])
 def test_losses_of_other_kinds(cls, faults, counted, tmp_path):
     options = {"turbo": True, "padding": True, "merging": False}
     without = Run(lambda folder: of_class(cls, folder), tmp_path / "without", **options)
@@ -276,6 +291,41 @@ def test_losses_of_other_kinds(cls, faults, counted, tmp_path):
     assert len(counted) == 2
     for name, update in without.updates.items():
         assert torch.equal(update, faulty.updates[name]), name
+
+
+class Summing(SFTTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, **kwargs)
+        self.total = getattr(self, "total", torch.zeros(()))
+        self.total += loss.detach()
+        return loss
+
+
+class Collecting(SFTTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, **kwargs)
+        self.seen = getattr(self, "seen", {"losses": []})
+        self.seen["losses"].append(loss.detach())
+        return loss
+
+
+class Logging(SFTTrainer):
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, **kwargs)
+        self.log({"mine": loss.item()})
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("cls", "reason"),
+    [(Summing, "written to 'total'"), (Collecting, "written to 'seen'"), (Logging, "the loss has logged")],
+)
+def test_notes_that_cannot_be_taken_back(cls, reason, faults, counted, tmp_path):
+    """In the backward of a later step, behind what the loss of a micro-batch before has left."""
+    faults.fail_at = {"attention backward": {6}}
+    with hf_turbo.session(padding=True, report=False), pytest.raises(torch.OutOfMemoryError, match=reason):
+        of_class(cls, tmp_path).train()
+    assert counted == []
 
 
 def test_weights_that_change_within_a_step_are_not_taken_back(faults, counted, tmp_path):

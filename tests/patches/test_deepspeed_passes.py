@@ -58,7 +58,6 @@ def test_other_trainers_have_nothing_of_it():
 
 def test_first_micro_batch_alone():
     activation, model = _Activation(TurboConfig(max_tokens_per_pass=100), Report()), torch.nn.Linear(1, 1)
-    activation._merging.add(model)
     plan, plan_alone = (activation.passes(model, None, first_alone) for first_alone in (False, True))
     assert plan([10, 20, 30], 30, None, True) == [3]
     assert plan_alone([10, 20, 30], 30, None, True) == [1, 2]

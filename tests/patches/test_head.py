@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from hf_turbo.patches import head as head_patches
+from hf_turbo.patches import trainer as trainer_patches
 from hf_turbo.patches.logits import LazyLogits
 from torch import nn
+from transformers import Trainer
 
 import hf_turbo
 from tests.models import batch, loss_and_gradients, tiny_model
@@ -291,3 +293,11 @@ def test_ddp_that_looks_for_unused_parameters_does_not_compute_logits(monkeypatc
     finally:
         torch.distributed.destroy_process_group()
     assert computed == []
+
+
+def test_a_compute_loss_set_on_the_trainer_stays_stock():
+    trainer = object.__new__(Trainer)
+    trainer.compute_loss = lambda model, inputs: model(**inputs).logits.mean()
+    against = trainer_patches.loss_conflict(trainer)
+    assert against is not None
+    assert against.endswith("may read the logits")
