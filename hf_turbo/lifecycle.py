@@ -234,9 +234,10 @@ class _Activation:
 
         from .policies import tiling
 
-        choice = self.config.memory
+        choice, notes = self.config.memory, self.report.notes
         plan = lambda tokens, width, recomputed: tiling.rows(tokens, width, recomputed, choice)  # noqa: E731
-        return Tiling(plan, by_calls=choice == "min_memory")
+        tell = lambda note: None if note in notes else notes.append(note)  # noqa: E731
+        return Tiling(plan, by_calls=choice == "min_memory", tell=tell)
 
     def _sharing_conflict(self, role: str, model: nn.Module, trainer: Any) -> str | None:
         """Why micro-batches do not share work in this training, or None."""

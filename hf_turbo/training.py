@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .reports import Report, Row
 
 _ENDED = "ended:"  # begins the last line that a process has for the others
+_FREED = "after freeing unused memory"  # where nothing else can be done, and it may be enough
 
 
 def not_in_backward(reason: str) -> RuntimeError:
@@ -212,8 +213,8 @@ class Training:
         from hf_turbo.patches.engine import is_live
 
         def make_room(culprit: str) -> None:
-            self._make_room(0)
-            self._tell(f"out of memory in {culprit}: it is done again, with less kept by the steps to come")
+            changes = "with less kept by the steps to come" if self._keep_less() else _FREED
+            self._tell(f"out of memory in {culprit}: it is done again, {changes}")
 
         if optimizer is not self._trainer.optimizer or not is_live():
             return compute()
@@ -267,22 +268,30 @@ class Training:
 
     def _make_room(self, tries: int) -> str | None:
         """Less memory for the step that is done again, and for those to come; None where there is no way left."""
-        from hf_turbo.patches import checkpointing, expanded_weights, lora, padding
+        from hf_turbo.patches import checkpointing
 
-        model = self._trainer.model
-        padding.begin_again(self.models)
-        lora.forget_outputs()
-        given_up = expanded_weights.give_up()
-        if self._shadows is not None:
-            given_up = self._shadows.tighten() or given_up
-        if checkpointing.tighten(model) or given_up or tries == 0:
-            return "each micro-batch in a pass of its own and less kept"
+        model, changes = self._trainer.model, self._keep_less()
+        if changes:
+            return f"with {' and '.join(changes)}"
+        if tries == 0:
+            return _FREED
         if checkpointing.Added.can_apply(model):
             added = checkpointing.Added(model)
             added.apply()
             self._patches.append(added)
-            return "gradient checkpointing, for the rest of this training"
+            return "with gradient checkpointing, for the rest of this training"
         return None
+
+    def _keep_less(self) -> list[str]:
+        """In the passes to come; what is different in them."""
+        from hf_turbo.patches import checkpointing, expanded_weights, lora, padding
+
+        changes = padding.begin_again(self.models)
+        lora.forget_outputs()
+        less = [expanded_weights.give_up(), checkpointing.tighten(self._trainer.model)]
+        if self._shadows is not None:
+            less.append(self._shadows.tighten())
+        return [*changes, "less kept"] if any(less) else changes
 
     def _tell(self, event: str) -> None:
         """Into the report, the logs and to the user."""

@@ -6,19 +6,30 @@ from collections.abc import Iterator
 from typing import Any
 
 from .checkpointing import trainer_asks
-
-_ALWAYS = (
-    "What would take less: a smaller per_device_train_batch_size with more gradient_accumulation_steps, "
-    "a smaller max_length, optim='adamw_8bit', or QLoRA"
-)
+from .paged_optimizers import optim_of
 
 
 def advice(trainer: Any) -> str:
     """Settings that are not made yet; those that keep every number of the training first."""
     settings = [*_of_fsdp(trainer), *_of_deepspeed(trainer)]
+    others = f"What would take less: {', '.join(_of_any(trainer))}"
     if not settings:
-        return _ALWAYS
-    return f"What would fit, in the accelerate config, in this order: {'; '.join(settings)}. {_ALWAYS}"
+        return others
+    return f"What would fit, in the accelerate config, in this order: {'; '.join(settings)}. {others}"
+
+
+def _of_any(trainer: Any) -> Iterator[str]:
+    args, model = trainer.args, trainer.model
+    if args.per_device_train_batch_size > 1:
+        yield "a smaller per_device_train_batch_size with more gradient_accumulation_steps"
+    yield "a smaller max_length"
+    optim = optim_of(trainer)
+    if optim.startswith("adamw") and not optim.endswith(("8bit", "4bit")):
+        yield "optim='adamw_8bit'"
+    # Weights of 8 bits take more than QLoRA's; other quantised ones do not.
+    in_8_bits = getattr(model, "is_loaded_in_8bit", False)
+    if in_8_bits or not (getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False)):
+        yield "QLoRA"
 
 
 def _of_fsdp(trainer: Any) -> Iterator[str]:

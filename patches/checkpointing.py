@@ -386,13 +386,19 @@ class Added(Patch):
     def apply(self) -> None:
         model = self._model()
         if model is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            _switch_of(model, "enable")({"use_reentrant": False})
 
     def revert(self) -> bool:
         model = self._model()
         if model is not None:
-            model.gradient_checkpointing_disable()
+            _switch_of(model, "disable")()
         return True
+
+
+def _switch_of(model: Any, name: str) -> Callable[..., None]:
+    # Renamed after transformers 5.17, which has the second name only.
+    switch: Callable[..., None] | None = getattr(model, f"activation_checkpointing_{name}", None)
+    return switch or getattr(model, f"gradient_checkpointing_{name}")
 
 
 def trainer_asks(trainer: Any) -> bool:

@@ -51,6 +51,8 @@ _OTHERS = (
     "send",
     "send_object_list",
 )
+# DDP's own, of buffers: the step's first is made before it (ddp.py).
+_AGAINST = {"_broadcast_coalesced": "the wrapped model is called more than once a step, and DDP sends buffers again"}
 
 
 class _Entry(NamedTuple):
@@ -96,7 +98,7 @@ class Tape:
     def call(self, name: str, stock: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A collective, or what it left when it was made first."""
         if name not in _RESULTS or kwargs.get("async_op") or any(each is True for each in args):
-            self.against = f"the loss makes a torch.distributed call that is not understood ({name})"
+            self.against = _AGAINST.get(name, f"a torch.distributed call is made that is not understood ({name})")
             return stock(*args, **kwargs)
         argument = _RESULTS[name]
         given = None if argument is None else args[0] if args else kwargs[argument]

@@ -606,6 +606,28 @@ def is_adapter(module: nn.Module) -> bool:
     return layer is not None and isinstance(module, layer.LoraLayer)
 
 
+# Of what layers and their adapters are made up; nothing of it mixes rows.
+_PARTS = {nn.Linear, nn.Dropout, nn.Identity, nn.ModuleDict, nn.ParameterDict}
+
+
+def rows_conflict(layer: nn.Module) -> str | None:
+    """Why it is not known of a layer's call that each row of its output is made of that row of its input, or None."""
+    bitsandbytes, dora = sys.modules.get("bitsandbytes"), sys.modules.get("peft.tuners.lora.dora")
+    known = {*_PARTS, getattr(dora, "DoraLinearLayer", nn.Linear)}
+    if bitsandbytes is not None:
+        known |= {bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt}
+    for module in layer.modules():
+        if _kind(module) is not None:
+            for variant in vars(module)["lora_variant"].values():
+                if not _is_dora(variant):
+                    return f"the adapter is a variant: {type(variant).__name__}"
+        elif stock_class(module) not in known:
+            return f"a {type(module).__name__} may mix rows"
+        if has_hooks(module):
+            return "hooks or an instance forward on its layers"
+    return None
+
+
 def _conflict(module: Any) -> str | None:
     """Why a layer stays stock as things are now."""
     reason = module_conflict(module)

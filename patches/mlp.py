@@ -148,7 +148,7 @@ def _by_tiles(
             return None
         return tiled_mlp(x, weights, biases, activation, tile)
     features = getattr(projections[-1], "out_features", None)
-    if features is None or not tiling.may_call(mlp):
+    if features is None or not tiling.may_call(mlp, projections):
         return None
     trained = [each for each in mlp.parameters() if each.requires_grad]
     return tiling.by_calls(functools.partial(stock, mlp), x, tile.rows, features, compute, trained)

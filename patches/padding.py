@@ -566,17 +566,26 @@ def batches_fetched(
             state.step = Step(passes, is_collective)
 
 
-def begin_again(models: list[nn.Module]) -> None:
-    """The present step is done again from its first micro-batch, after memory ran out: each in a pass of its own."""
+def begin_again(models: list[nn.Module]) -> list[str]:
+    """The present step is done again from its first micro-batch, after memory ran out: each in a pass of its own.
+
+    Returns:
+        What is different then.
+    """
+    shared = recorded = False
     for state in [state for model in models for state in _states(model)]:
         if state.graphs is not None:  # recordings hold memory for good
+            recorded = recorded or len(state.graphs) > 0
             state.graphs.forget()
             state.graphs.reason = "memory ran out"
         if state.kept_per_token is not None:
             state.kept_per_token *= 2
         if state.step is not None:
+            shared = shared or any(len(each.micro_batches) > 1 for each in state.step.passes)
             passes = [Pass([each], state.gradient_at_padding) for each in state.foreseen]
             state.step = Step(passes, state.step.is_collective)
+    changes = (("each micro-batch in a pass of its own", shared), ("no recordings", recorded))
+    return [change for change, is_made in changes if is_made]
 
 
 def end_training(models: list[nn.Module]) -> str | None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import sys
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .engine import Patch, is_plain
+from .random_numbers import RandomStates
 from .trainer import gathers_weights, step_conflict
 
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes saves states, so that FSDP does not gather them
@@ -188,22 +189,43 @@ def bytes_elsewhere(model: Any, device: torch.device) -> int:
 
 def sizes_of_pass(trainer: Any) -> tuple[int, int, int, int, int]:
     """Tokens, layers, hidden and intermediate width, and bytes of an element; zeros where the model does not say."""
-    config = trainer.model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    widths = [getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
-    layers, hidden, intermediate = (width if isinstance(width, int) else 0 for width in widths)
+    layers, hidden, intermediate = _widths(trainer.model)
     half = trainer.args.bf16 or trainer.args.fp16
     itemsize = 2 if half else next((param.itemsize for param in trainer.model.parameters()), 4)
     return _tokens(trainer), layers, hidden, intermediate, itemsize
 
 
+def _widths(model: Any) -> tuple[int, int, int]:
+    try:
+        config = model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        widths = [getattr(config, name, 0) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+        layers, hidden, intermediate = (width if isinstance(width, int) else 0 for width in widths)
+    except Exception:  # a model may be anything, with a configuration of any kind or none, and this is an estimate
+        return 0, 0, 0
+    return layers, hidden, intermediate
+
+
 def _tokens(trainer: Any) -> int:
     """Of a micro-batch, as far as that is known before there is one."""
-    length, dataset = getattr(trainer.args, "max_length", None), trainer.train_dataset
+    length = getattr(trainer.args, "max_length", None)
     if not isinstance(length, int):
-        try:
-            rows = [dataset[i] for i in range(min(_FEW, len(dataset)))]
-            length = max(len(row["input_ids"]) for row in rows if isinstance(row, Mapping))
-        except Exception:  # a dataset may be anything, and this is an estimate
-            length = _USUAL_LENGTH
+        length = _longest(trainer.train_dataset) or _USUAL_LENGTH
     return int(trainer.args.per_device_train_batch_size * length)
+
+
+def _longest(dataset: Any) -> int:
+    """Of the first rows of a table, 0 where that is not known.
+
+    A dataset of the script's own may draw random numbers for its rows, or count them: no row of such a one is read.
+    """
+    table = getattr(sys.modules.get("datasets"), "Dataset", None)
+    if table is None or type(dataset) is not table or dataset.format["type"] == "custom":
+        return 0
+    before = RandomStates(torch.device("cpu"))
+    try:
+        return max(len(dataset[i]["input_ids"]) for i in range(min(_FEW, len(dataset))))
+    except Exception:  # rows may have no such column, or none of them be there, and this is an estimate
+        return 0
+    finally:
+        before.restore()

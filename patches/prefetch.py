@@ -5,17 +5,19 @@ loss has been waited for, and the device has nothing to do. Here that work is do
 been launched. The same batches in the same order; what asks for them, and what it notes of having done so (the end of
 an epoch, the remainder of a last batch), is as before.
 
-Left as they are: iterable datasets, which have a state, datasets and collators that are not known to go by the index
-alone, and all that draw random numbers, since theirs would come before those that the rest of the step draws.
+Left as they are: iterable datasets, which have a state, samplers, datasets and collators that are not known to go by
+the index alone (a callback may steer them), and all that draw random numbers, since theirs would come before those that
+the rest of the step draws.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +32,17 @@ _CPU = torch.device("cpu")
 # Fetched as in stock before any is fetched early: whether they draw random numbers is to be seen.
 _WATCHED = 2
 
-_watching: Prefetch | None = None
+_DATASETS = {"datasets.arrow_dataset", "torch.utils.data.dataset"}
+_SAMPLERS = {"torch", "transformers", "accelerate", "datasets", "trl"}
+
+
+class _Here(threading.local):
+    """Of each thread, as others of the script's may go through DataLoaders of their own in the meantime."""
+
+    watching: Prefetch | None = None
+
+
+_HERE = _Here()
 
 
 class Prefetch:
@@ -51,12 +63,11 @@ class Prefetch:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Around the fetching of a step's batches: what is asked for them."""
-        global _watching
-        _watching, outer = self, _watching
+        _HERE.watching, outer = self, _HERE.watching
         try:
             yield
         finally:
-            _watching = outer
+            _HERE.watching = outer
 
     def observe(self, iterator: Any, fetch: Callable[[Any], Any]) -> Any:
         """What `fetch` returns, having seen whether that draws random numbers."""
@@ -140,8 +151,8 @@ def _hand_out(waiting: deque[Callable[[], Any]]) -> Callable[[Any], Any]:
         batch = waiting.popleft()
         if not waiting:
             vars(self).pop(_NEXT, None)
-        if _watching is not None:
-            _watching.fetched += 1
+        if _HERE.watching is not None:
+            _HERE.watching.fetched += 1
         return batch()
 
     return _next_data
@@ -149,24 +160,41 @@ def _hand_out(waiting: deque[Callable[[], Any]]) -> Callable[[Any], Any]:
 
 def _conflict(iterator: Any) -> str | None:
     """Why the batches of an iterator are fetched as in stock, or None."""
-    dataset, collator = iterator._dataset, iterator._collate_fn
+    collator = iterator._collate_fn
     if type(collator).__module__ == "transformers.trainer_utils":  # it removes columns first
         collator = getattr(collator, "data_collator", collator)
     if iterator._dataset_kind != _DatasetKind.Map:
         return "an iterable dataset"
-    if type(dataset).__module__.partition(".")[0] not in {"datasets", "torch"}:
-        return f"{type(dataset).__name__} is a dataset of the script's own"
-    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
-        return "the dataset has a transform of the script's own"
+    # Each is known before what it wraps is looked for.
+    for sampler in _nested(iterator._index_sampler, "batch_sampler", "sampler"):
+        if type(sampler).__module__.partition(".")[0] not in _SAMPLERS:
+            return f"{type(sampler).__name__} is a sampler of the script's own"
+    for dataset in _nested(iterator._dataset, "dataset", "datasets"):
+        if type(dataset).__module__ not in _DATASETS:
+            return f"{type(dataset).__name__} is a dataset of the script's own"
+        if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+            return "the dataset has a transform of the script's own"
     owner = collator if isinstance(collator, types.FunctionType) else type(collator)
     if owner.__module__.partition(".")[0] not in {"transformers", "trl", "torch"}:
         return f"{owner.__name__} is a collator of the script's own"
     return None
 
 
+def _nested(value: Any, *names: str) -> Iterator[Any]:
+    """It, and what it wraps under one of these names: one, or for a name in the plural several."""
+    yield value
+    for name in names:
+        inner = getattr(value, name, None)
+        several = inner.values() if isinstance(inner, Mapping) else inner if name.endswith("s") else (inner,)
+        for each in several or ():
+            if each is not None:
+                yield from _nested(each, *names)
+
+
 def _make_next_data(stock: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def _next_data(self: Any) -> Any:
-        return stock(self) if _watching is None else _watching.observe(self, stock)
+        watching = _HERE.watching
+        return stock(self) if watching is None else watching.observe(self, stock)
 
     return _next_data
 

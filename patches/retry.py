@@ -312,7 +312,7 @@ class Retry:
                     f"{against or 'nothing is left that would take less'}. {advice(self._trainer)}"
                 )
             self._tries += 1
-            self._tell(f"out of memory in {culprit}: the step was taken back and is done again, with {action}")
+            self._tell(f"out of memory in {culprit}: the step was taken back and is done again, {action}")
             work = self._again
 
     def _conflict(self) -> str | None:

@@ -18,7 +18,7 @@ from hf_turbo.kernels.tiled_mlp import Tile
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from . import recomputation
+from . import lora, recomputation
 from .engine import Patch, forward_of, is_plain
 from .fingerprint import unwrapped
 
@@ -33,10 +33,12 @@ class Tiling(NamedTuple):
     Attributes:
         plan: see above.
         by_calls: whether those that are no function of ours are, by calls of their modules for each tile.
+        tell: given a note of what is not tiled though it should be.
     """
 
     plan: Plan
     by_calls: bool = False
+    tell: Callable[[str], None] = lambda note: None
 
 
 class _Place(NamedTuple):
@@ -113,16 +115,23 @@ def _is_checkpointed(layer: Any) -> bool:
     return getattr(function, "func", function) is not checkpoint or keywords.get("use_reentrant") is False
 
 
-def may_call(mlp: nn.Module) -> bool:
-    """Whether an MLP may be tiled by calls of its modules, whatever they are.
+def may_call(mlp: nn.Module, projections: Sequence[nn.Module]) -> bool:
+    """Whether an MLP whose activation is known may be tiled by calls of its projections.
 
     Gradients of tiles are rounded to the dtype of what they belong to before they are added up.
     """
     place = _PLACES.get(mlp)
     if place is None or not place.tiling.by_calls:
         return False
-    trained = [each for each in mlp.parameters() if each.requires_grad]
-    return not torch.is_grad_enabled() or (is_plain(*trained) and all(each.itemsize >= 4 for each in trained))
+    trained = [each for each in mlp.parameters() if each.requires_grad] if torch.is_grad_enabled() else []
+    reason = next(filter(None, map(lora.rows_conflict, projections)), None)
+    if reason is None and not is_plain(*trained):
+        reason = "trained weights are sharded or partitioned"
+    if reason is None and any(each.itemsize < 4 for each in trained):
+        reason = "trained weights have 16 bits, to which the gradient of each tile would be rounded"
+    if reason is not None:
+        place.tiling.tell(f"memory='min_memory': {type(mlp).__name__} is computed at once: {reason}")
+    return reason is None
 
 
 def _itemsize(x: torch.Tensor) -> int:
@@ -192,7 +201,9 @@ class _Calls:
             if dx is not None:
                 dx[start : start + len(rows)] = gradients.pop(0)
             for i, each in enumerate(gradients):
-                sums[i] = each if sums[i] is None or each is None else sums[i].add_(each)
+                # A copy of the first: autograd returns one tensor for several parameters that have the same gradient.
+                if each is not None:
+                    sums[i] = each.clone() if sums[i] is None else sums[i].add_(each)
             start += len(rows)
         recomputation.set_random_states(now, self._device)
         return [dx, *sums]

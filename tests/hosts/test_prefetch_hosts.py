@@ -5,11 +5,15 @@ On a CPU it is only done where it is asked for.
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils import data
 from transformers import (
     DataCollatorForLanguageModeling,
     Trainer,
@@ -19,6 +23,7 @@ from transformers import (
 )
 
 import hf_turbo
+from tests.hosts.test_padding_hosts import make_adapted_dpo, make_grpo, make_sft
 from tests.models import switched_off, tiny_model
 from tests.training import padded_rows, tokenizer
 
@@ -53,11 +58,51 @@ class Switch(TrainerCallback):
             hf_turbo.disable()
 
 
+def table() -> Dataset:
+    return Dataset.from_list([{name: tensor.tolist() for name, tensor in row.items()} for row in padded_rows(0, 22)])
+
+
+class Steered(TrainerCallback):
+    """A sampler, a batch sampler or a dataset that a callback steers."""
+
+    def __init__(self) -> None:
+        self.shift = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.shift = 5 * state.global_step
+
+
+class SteeredSampler(Steered, data.Sampler):
+    def __iter__(self) -> Iterator[int]:
+        return ((i + self.shift) % 22 for i in range(22))
+
+    def __len__(self) -> int:
+        return 22
+
+
+class SteeredRows(Steered, data.Dataset):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = padded_rows(0, 22)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[(i + self.shift) % 22]
+
+    def __len__(self) -> int:
+        return 22
+
+
 def train(
-    tmp_path: Any, collator: Any, turbo: bool, callbacks: Any = (), dropout: float = 0.1, **arguments: Any
+    tmp_path: Any,
+    collator: Any,
+    turbo: bool,
+    callbacks: Any = (),
+    dropout: float = 0.1,
+    dataset: Any = None,
+    sampler: Any = None,
+    **arguments: Any,
 ) -> tuple[Any, list[str]]:
     torch.manual_seed(0)
-    rows = [{name: tensor.tolist() for name, tensor in row.items()} for row in padded_rows(0, 22)]
     args = TrainingArguments(
         str(tmp_path),
         use_cpu=True,
@@ -72,6 +117,9 @@ def train(
     seen: list[Any] = []
 
     class Noting(Trainer):
+        def _get_train_sampler(self, *args: Any) -> Any:
+            return super()._get_train_sampler(*args) if sampler is None else sampler
+
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
             seen.append((inputs["input_ids"].clone(), inputs["labels"].clone()))
             return super().training_step(model, inputs, *args, **kwargs)
@@ -79,7 +127,7 @@ def train(
     trainer = Noting(
         tiny_model("llama", attention_dropout=dropout, attn_implementation="eager"),
         args,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=table() if dataset is None else dataset,
         data_collator=collator,
         callbacks=list(callbacks),
     )
@@ -144,3 +192,71 @@ def test_switched_off_in_mid_training(tmp_path):
 def test_datasets_and_collators_of_the_script(tmp_path):
     _, notes = train(tmp_path, lambda rows: default_data_collator(rows), True)
     assert notes == ["data: batches are fetched between steps: <lambda> is a collator of the script's own"]
+
+
+@pytest.mark.parametrize("kind", ["sampler", "Subset", "ConcatDataset", "StackDataset"])
+def test_what_a_callback_may_steer(tmp_path, kind):
+    """However deep it lies in what is torch's."""
+
+    def run(turbo: bool) -> tuple[Any, list[str]]:
+        steered = SteeredSampler() if kind == "sampler" else SteeredRows()
+        wrapped = {
+            "sampler": lambda: {"sampler": steered},
+            "Subset": lambda: {"dataset": data.Subset(data.Subset(steered, range(22)), range(20))},
+            "ConcatDataset": lambda: {"dataset": data.ConcatDataset([table().with_format("torch"), steered])},
+            "StackDataset": lambda: {"dataset": data.StackDataset(table().with_format("torch"), steered)},
+        }[kind]()
+        collator = stacked if kind == "StackDataset" else default_data_collator
+        return train(tmp_path, collator, turbo, callbacks=[steered], **wrapped)
+
+    expected, _ = run(False)
+    found, notes = run(True)
+    assert_same(found, expected)
+    what = "SteeredSampler is a sampler" if kind == "sampler" else "SteeredRows is a dataset"
+    assert notes == [f"data: batches are fetched between steps: {what} of the script's own"]
+
+
+def stacked(rows: list[Any]) -> Any:
+    return default_data_collator([row[1] for row in rows])
+
+
+def test_datasets_of_torch(tmp_path):
+    """Of tables: known all the way down."""
+    dataset = data.ConcatDataset([data.Subset(table(), range(10)), table()])
+    expected, _ = train(tmp_path, default_data_collator, False, dataset=dataset)
+    found, notes = train(tmp_path, default_data_collator, True, dataset=dataset)
+    assert_same(found, expected)
+    assert "were fetched while the device computed" in notes[0]
+
+
+@pytest.mark.parametrize("make", [make_sft, make_adapted_dpo, make_grpo])
+def test_trainers_of_trl(tmp_path, make):
+    trainer = make(tmp_path, max_steps=8)
+    with hf_turbo.session(**{**switched_off("host"), "host": True}) as report:
+        trainer.train()
+    (note,) = [note for note in report.notes if note.startswith("data:")]
+    assert note.endswith("batches were fetched while the device computed")
+
+
+def test_a_thread_of_the_script(tmp_path):
+    """Has batches of its own, in their order, and changes nothing of the training's."""
+    _, alone = train(tmp_path, default_data_collator, True)
+    orders: list[list[int]] = []
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            orders.append([])
+            for (each,) in data.DataLoader(data.TensorDataset(torch.arange(50)), generator=torch.Generator()):
+                orders[-1].append(each.item())
+                time.sleep(1e-4)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        _, notes = train(tmp_path, default_data_collator, True)
+    finally:
+        over.set()
+        thread.join()
+    assert all(order == list(range(50)) for order in orders)
+    assert notes == alone

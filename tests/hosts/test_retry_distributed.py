@@ -259,8 +259,8 @@ def test_what_never_goes_away_ends_on_both_ranks(error, tmp_path):
 
 
 def sharded(**plugins: Any) -> Any:
-    args = SimpleNamespace(gradient_checkpointing=False)
-    return SimpleNamespace(args=args, accelerator=SimpleNamespace(state=SimpleNamespace(**plugins)))
+    args = SimpleNamespace(gradient_checkpointing=False, optim="adamw_torch", per_device_train_batch_size=2)
+    return SimpleNamespace(args=args, model=None, accelerator=SimpleNamespace(state=SimpleNamespace(**plugins)))
 
 
 def test_advice_names_settings_that_are_not_made_yet():

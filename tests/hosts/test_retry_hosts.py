@@ -17,6 +17,8 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from hf_turbo.patches import head, padding, retry, trl, varlen
+from hf_turbo.patches.advice import advice
+from hf_turbo.patches.collectives import Tape
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
@@ -152,11 +154,48 @@ def test_checkpointing_is_added_where_nothing_else_helps(faults, counted, tmp_pa
         return trainers[-1]
 
     compare(make, tmp_path, padding=True)
-    assert [told.rpartition("with ")[2] for told in counted] == [
-        "each micro-batch in a pass of its own and less kept",
-        "gradient checkpointing, for the rest of this training",
+    assert [told.partition("done again, ")[2] for told in counted] == [
+        "after freeing unused memory",
+        "with gradient checkpointing, for the rest of this training",
     ]
     assert not any(trainer.model.is_gradient_checkpointing for trainer in trainers)
+
+
+def test_what_is_told_is_what_changed(faults, counted, tmp_path):
+    """A pass that micro-batches shared; no layer was kept."""
+    faults.fail_at = {"attention backward": {1}}
+    trainer = make_sft(tmp_path, max_steps=2, gradient_accumulation_steps=2)
+    with hf_turbo.session(padding=True, merging=True, max_tokens_per_pass=1000, report=False):
+        trainer.train()
+    assert [told.partition("done again, ")[2] for told in counted] == ["with each micro-batch in a pass of its own"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "model", "size", "expected"),
+    [
+        ("adamw_torch", {}, 2, ["per_device_train_batch_size", "max_length", "adamw_8bit", "QLoRA"]),
+        ("sgd", {"is_quantized": True, "is_loaded_in_8bit": True}, 1, ["max_length", "QLoRA"]),
+        ("paged_adamw_8bit", {"is_quantized": True, "is_loaded_in_4bit": True}, 1, ["max_length"]),
+    ],
+)
+def test_advice_names_what_is_not_in_use(optim, model, size, expected):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(optim=optim, per_device_train_batch_size=size),
+        model=SimpleNamespace(**model),
+        accelerator=SimpleNamespace(state=SimpleNamespace()),
+    )
+    said = advice(trainer)
+    names = ("per_device_train_batch_size", "max_length", "adamw_8bit", "QLoRA")
+    assert [name for name in names if name in said] == expected
+
+
+def test_collectives_that_are_not_understood():
+    """DDP's own is not the loss's."""
+    for name, said in {"_broadcast_coalesced": "model is called more than once a step", "send": "(send)"}.items():
+        tape = Tape()
+        tape.call(name, lambda *args: None, (), {})
+        assert said in tape.against
+        assert "loss" not in tape.against
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd"])

@@ -13,6 +13,7 @@ import functools
 import gc
 import io
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,6 +260,17 @@ def test_checkpointing_switched_off_and_on_again(copies, reentrant):
     switch_on(model, reentrant)
     assert_same(results(model), stock)
     assert "back 0" in copies.log
+
+
+def test_added_by_names_that_are_not_deprecated():
+    model = tiny_model("llama")
+    added = checkpointing.Added(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        added.apply()
+        assert all(layer.gradient_checkpointing for layer in model.model.layers)
+        added.revert()
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
 
 
 def test_every_second_layer(copies):

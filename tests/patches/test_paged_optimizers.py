@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from hf_turbo.patches import device_memory, host_memory, optimizers, paged_optimizers
+from torch import nn
+from torch.utils.data import Dataset
 
 import hf_turbo
 from hf_turbo.policies import optimizers as policy
@@ -136,6 +139,60 @@ def test_the_users_choice_stands(tmp_path, monkeypatch, options, free, said):
     notes = [note for note in hf_turbo.report().notes if "do not fit" in note]
     assert bool(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+class Counting(Dataset):
+    """Which of its rows come depends on those that were asked for before."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        self.asked.append(i)
+        x = torch.rand(4)
+        return {"x": x, "labels": x.sum()}
+
+
+class Regression(nn.Module):
+    """Without a configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.linear(x).squeeze(-1) - labels).square().mean()}
+
+
+def test_any_module_and_dataset(tmp_path, monkeypatch):
+    """The estimate, made where free memory is known, reads nothing that is the script's and does not fail."""
+    monkeypatch.setattr(device_memory, "free", lambda device: 2**40)
+    runs = []
+    for turbo in (False, True):
+        torch.manual_seed(0)
+        callbacks = [hf_turbo.TurboCallback()] if turbo else None
+        one = make_trainer(tmp_path, Regression(), optim="adamw_torch", save_strategy="no", callbacks=callbacks)
+        one.train_dataset = Counting()
+        one.train()
+        runs.append((one.train_dataset.asked, curve(one)))
+    assert runs[0] == runs[1]
+
+
+def test_length_of_rows(tmp_path):
+    """Of a table's; a transform of the script's own is not called. Random numbers are as before."""
+    table = datasets.Dataset.from_list([{"input_ids": [1] * (5 + i)} for i in range(20)])
+    one = make_trainer(tmp_path)
+    state = torch.get_rng_state()
+    one.train_dataset = table
+    assert paged_optimizers.sizes_of_pass(one) == (2 * (5 + 15), 2, 48, 80, 2)
+    one.train_dataset = table.with_transform(lambda rows: pytest.fail("a row was read"))
+    assert paged_optimizers.sizes_of_pass(one)[0] == 2 * 1024
+    one.train_dataset = table.rename_column("input_ids", "other")
+    assert paged_optimizers.sizes_of_pass(one)[0] == 2 * 1024
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("why", ["no bitsandbytes", "host", "optimizers="])

@@ -223,6 +223,81 @@ def test_min_memory_says_where_there_is_no_checkpointing():
     assert any("does not checkpoint this model" in note for note in report.notes)
 
 
+class Shifting(torch.nn.Linear):
+    """Looks at the row before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + torch.roll(x, 1, -2))
+
+
+class Moved(torch.nn.Linear):
+    """Both the weight and what is added to it are trained: they have the same gradient."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.delta = torch.nn.Parameter(torch.zeros_like(self.weight))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight + self.delta)
+
+
+def with_layers(cls: type[torch.nn.Linear]) -> Any:
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        old = layer.mlp.gate_proj
+        layer.mlp.gate_proj = cls(old.in_features, old.out_features, bias=False)
+        with torch.no_grad():
+            layer.mlp.gate_proj.weight.copy_(old.weight)
+    return model
+
+
+def with_hook() -> Any:
+    model = adapted(tiny_model("llama"), use_dora=True)
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.up_proj.lora_B.default.register_forward_hook(lambda module, args, output: output[..., :1] + output)
+    return model
+
+
+def with_invocation() -> Any:
+    """aLoRA: adapters act from the invocation tokens on."""
+    return adapted(tiny_model("llama"), alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: with_layers(Shifting), "a Shifting may mix rows"),
+        (lambda: with_layers(Moved), "a Moved may mix rows"),
+        (with_hook, "hooks or an instance forward on its layers"),
+        (with_invocation, "the adapter is a variant: ALoraLinearVariant"),
+    ],
+    ids=["mixing", "sums", "hook", "alora"],
+)
+def test_what_may_mix_rows_is_computed_at_once(make, reason, counts):
+    model, inputs = switch_on(make()), batch(masked=False)
+    inputs["input_ids"][:, 10:12] = torch.tensor([5, 6])
+    loss, gradients = copy.deepcopy(loss_and_gradients(model, inputs))
+    patch(model, "min_memory", "lora")
+    again = loss_and_gradients(model, inputs)
+    assert not counts
+    assert torch.allclose(again[0], loss, rtol=1e-5)
+    for name, each in gradients.items():
+        assert torch.linalg.vector_norm(again[1][name] - each) < 2e-4 * torch.linalg.vector_norm(each) + 1e-7, name
+    (note,) = [note for note in hf_turbo.report().notes if "computed at once" in note]
+    assert note == f"memory='min_memory': LlamaMLP is computed at once: {reason}"
+
+
+def test_sums_of_tiles_are_tensors_of_their_own():
+    """Autograd returns one tensor as the gradient of both parameters."""
+    x, dy = torch.randn(2, 8, 4)
+    weight, delta = torch.nn.Parameter(torch.randn(4, 4)), torch.nn.Parameter(torch.zeros(4, 4))
+    calls = tiling._Calls(lambda rows: torch.nn.functional.linear(rows, weight + delta), 3, x.device)
+    calls.forward(x)
+    for gradient in calls.backward(x, dy, False, [weight, delta])[1:]:
+        torch.testing.assert_close(gradient, dy.T @ x)
+
+
 def test_bfloat16_adapters_are_not_summed_by_calls(counts):
     """Their gradients would be rounded once for each tile."""
     model = switch_on(adapted(tiny_model("llama"), use_dora=True)).to(torch.bfloat16)
