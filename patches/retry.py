@@ -19,6 +19,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,19 +76,24 @@ def _noted(value: Any) -> Callable[[], Any]:
 def _generator_state(value: Any) -> Callable[[], Any] | None:
     """What sets a generator of random numbers back, and returns it; None for anything else."""
     numpy = sys.modules.get("numpy")
+    set_state: Callable[[Any], Any]
+    state: Any
     if isinstance(value, torch.Generator):
-        drawn = value.get_state()
-        return lambda: value.set_state(drawn)
-    if isinstance(value, random.Random):
-        python = value.getstate()
-        return lambda: (value.setstate(python), value)[1]
-    if numpy is not None and isinstance(value, numpy.random.Generator):
-        bits = value.bit_generator.state
-        return lambda: (setattr(value.bit_generator, "state", bits), value)[1]
-    if numpy is not None and isinstance(value, numpy.random.RandomState):
-        legacy = value.get_state(legacy=False)
-        return lambda: (value.set_state(legacy), value)[1]
-    return None
+        set_state, state = value.set_state, value.get_state()
+    elif isinstance(value, random.Random):
+        set_state, state = value.setstate, value.getstate()
+    elif numpy is not None and isinstance(value, numpy.random.RandomState):
+        set_state, state = value.set_state, value.get_state(legacy=False)
+    elif numpy is not None and isinstance(value, numpy.random.Generator):
+        set_state, state = partial(setattr, value.bit_generator, "state"), value.bit_generator.state
+    else:
+        return None
+
+    def set_back() -> Any:
+        set_state(state)
+        return value
+
+    return set_back
 
 
 def _noted_element(value: Any) -> Callable[[], Any]:
