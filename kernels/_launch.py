@@ -64,7 +64,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         with torch.no_grad():
             results = backward(ctx, *gradients)
         results = results if isinstance(results, tuple) else (results,)
-        error = torch._C._functions.DelayedError(_TWICE, len(results))
+        error: Any = torch._C._functions.DelayedError(_TWICE, len(results))
         return error(*(None if each is None else each.detach().requires_grad_() for each in results))
 
     return once

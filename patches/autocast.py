@@ -51,7 +51,7 @@ class _Copies:
 _COPIES = _Copies()
 
 
-def _dtype(module: nn.Module, x: torch.Tensor) -> torch.dtype | None:
+def _dtype(module: Any, x: torch.Tensor) -> torch.dtype | None:
     """What autocast computes this call in, None where it is stock's: outside the steps of a trainer, too."""
     if not (is_live() and is_offered() and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return None

@@ -224,7 +224,7 @@ class _HandOut(ClassSwap):
     """Gives a layer the property, for as long as one of the features wants it."""
 
     def __init__(self, role: str, name: str, layer: nn.Module):
-        subclass = same_name_subclass(stock_class(layer), **{_ATTRIBUTE: _PROPERTY})
+        subclass = same_name_subclass(stock_class(layer), None, **{_ATTRIBUTE: _PROPERTY})
         super().__init__(f"{role}:{name}", layer, subclass)
 
     def apply(self) -> None:

@@ -61,7 +61,7 @@ def is_plain_linear(module: Any) -> bool:
         and {"weight", "bias"} <= module._parameters.keys()  # neither is a buffer, say
         and is_plain(module._parameters["weight"], module._parameters["bias"])
         and module._parameters["weight"] is not None
-        and module._parameters["weight"].numel() > 0  # type: ignore[union-attr]
+        and module._parameters["weight"].numel() > 0
     )
 
 
