@@ -14,7 +14,7 @@ import functools
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 # Whose wrappers leave to a forward all that it computes: checkpointing; defaults from the config, tuples; recorders.
@@ -77,11 +77,15 @@ def _assigned_names(function: ast.FunctionDef) -> list[str]:
     return [node.id for node in sorted(stores, key=lambda node: (node.lineno, node.col_offset))]
 
 
-def unwrapped(function: Any) -> Any:
-    """What is under known wrappers of transformers; None where there is another one, which may compute anything."""
+def unwrapped(function: Any, known: Collection[str] = _TRANSPARENT) -> Any:
+    """What is under known wrappers; None where there is another one, which may compute anything.
+
+    Args:
+        known: modules that they are of.
+    """
     while hasattr(function, "__wrapped__"):
         # Not `__module__`, which functools.wraps takes from what is wrapped.
-        if getattr(function, "__globals__", {}).get("__name__") not in _TRANSPARENT:
+        if getattr(function, "__globals__", {}).get("__name__") not in known:
             return None
         function = function.__wrapped__
     return function

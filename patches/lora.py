@@ -164,7 +164,7 @@ def _packed_conflict(base: Any) -> str | None:
         return "4-bit weights are not quantized yet, or sharded"
     if tuple(state.shape) != (base.out_features, base.in_features) or getattr(state, "packing_format_for_cpu", False):
         return "4-bit weights in another layout"
-    bias = base._parameters["bias"]
+    bias = base.bias
     if not is_plain(bias):
         return "biases are sharded or partitioned"
     return None

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import inspect
 import sys
 import types
 import weakref
@@ -29,7 +28,7 @@ from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
 from hf_turbo.kernels.clip_grad_norm import clip_grad_norm
 from torch.optim import Optimizer
 
-from . import paged_optimizers
+from . import fingerprint, paged_optimizers
 from .bf16_weights import REMAINDER, Bf16Weights, Choice, has_bf16
 from .engine import (
     ClassSwap,
@@ -48,6 +47,7 @@ _STOCK_STEPS = {
     "torch.optim.sgd:SGD.step",
     "bitsandbytes.optim.optimizer:Optimizer8bit.step",
 }
+_WRAPPERS_OF_STEPS = {"torch.optim.optimizer", "torch.utils._contextlib"}  # of hooks; torch.no_grad()
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
@@ -718,8 +718,8 @@ def replaced_step(optimizer: Any) -> str | None:
     if optimizer in _PATCHED:
         return None
     cls = type(optimizer)
-    step = inspect.unwrap(cls.step)
-    if f"{step.__module__}:{step.__qualname__}" not in _STOCK_STEPS:
+    step = fingerprint.unwrapped(cls.step, _WRAPPERS_OF_STEPS)
+    if step is None or f"{step.__module__}:{step.__qualname__}" not in _STOCK_STEPS:
         return f"{cls.__name__}.step was replaced"
     own = vars(optimizer).get("step")
     if own is not None and not (hasattr(own, "_wrapped_by_lr_sched") and getattr(own, "__wrapped__", None) is cls.step):
