@@ -257,6 +257,7 @@ def fsdp(tmp_path_factory):
     return start(fsdp_worker, tmp_path_factory.mktemp("fsdp"))
 
 
+@pytest.mark.newest
 @pytest.mark.xdist_group("fsdp")
 def test_fsdp2_runs_fused_and_right(fsdp):
     for rank, result in enumerate(fsdp):
@@ -268,6 +269,7 @@ def test_fsdp2_runs_fused_and_right(fsdp):
         assert_no_drift({name: result["runs"][name] for name in ("stock", "perturbed", "turbo")}, f"rank {rank}")
 
 
+@pytest.mark.newest
 @pytest.mark.xdist_group("fsdp")
 def test_fsdp2_after_disable_is_stock(fsdp):
     """FSDP has made classes of its own out of ours, which cannot be put back; the switch alone makes them stock."""
@@ -277,6 +279,7 @@ def test_fsdp2_after_disable_is_stock(fsdp):
             assert torch.equal(result["after"]["turbo"][name], value), name
 
 
+@pytest.mark.newest
 @pytest.mark.xdist_group("fsdp")
 def test_model_that_is_sharded_already(fsdp):
     """Patched or not with a reason, and right either way."""

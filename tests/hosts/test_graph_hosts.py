@@ -24,7 +24,7 @@ from tests.hosts.test_padding_hosts import PAIRS, ROWS
 from tests.models import tiny_model
 from tests.training import arguments, compare, tokenizer
 
-pytestmark = pytest.mark.usefixtures("on_cpu")
+pytestmark = [pytest.mark.newest, pytest.mark.usefixtures("on_cpu")]
 
 
 @pytest.fixture(autouse=True)
@@ -79,9 +79,10 @@ def make_dpo(folder: Path, **more: Any) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("make", [make_sft, make_dpo])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    ("make", "checkpointing", "accumulation"),
+    [(make_sft, False, 1), (make_sft, True, 3), (make_dpo, True, 1), (make_dpo, False, 3)],
+)
 def test_trainers(make, checkpointing, accumulation, served, tmp_path):
     more = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": accumulation}
     turbo = compare(lambda folder: make(folder, **more), tmp_path, graphs=True, max_tokens_per_pass=1 << 20)

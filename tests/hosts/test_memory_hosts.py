@@ -67,6 +67,7 @@ def test_the_bits_of_recomputation(tmp_path, make):
     assert {row["reason"] for row in as_is["rows"] if row["role"] == "memory"} == {"memory='as_is'"}
 
 
+@pytest.mark.newest
 def test_no_memory_is_held_on_to(tmp_path, monkeypatch):
     """Of the layers kept, over steps of varying lengths."""
     import gc

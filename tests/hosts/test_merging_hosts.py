@@ -49,6 +49,7 @@ def test_trainers(make, checkpointing, passes, tmp_path):
     assert 4 in passes
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(("accumulation", "size"), [(3, 3), (16, 1), (5, 2)])
 def test_an_uneven_last_step(accumulation, size, passes, tmp_path):
     more = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": size, "max_steps": 4}

@@ -357,6 +357,7 @@ def test_the_report_says_what_was_left_out(passes, tmp_path):
     assert f"{1 - tokens / stock:.0%}" in note
 
 
+@pytest.mark.newest
 def test_a_hundred_steps_of_shared_passes(tmp_path):
     more = {"max_steps": 100, "learning_rate": 0.02, "optim": "adamw_torch", "gradient_accumulation_steps": 2}
     options = {"padding": True, "max_tokens_per_pass": 1 << 20}

@@ -110,6 +110,7 @@ def make_dropout(folder: Path, **more: Any) -> Trainer:
 PLACES = ["attention", "attention backward", "loss", "loss backward"]
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("call", [0, 2, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -291,6 +291,7 @@ def assert_loads_as_stock(folder: Path, run: Run) -> None:
             assert torch.equal(parameter, run.weights[name]), name
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("scenario", grouped(SCENARIOS[0], SCENARIOS[1], SCENARIOS[3]))
 @pytest.mark.parametrize("begun", ["stock", "turbo"])
 def test_a_run_begun_by_the_other_resumes_on_the_same_curve(runs, scenario, begun, tmp_path):

@@ -80,6 +80,7 @@ def test_runs_at_the_end_of_an_import_that_has_begun(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     ("first", "owner"),
     [

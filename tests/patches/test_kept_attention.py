@@ -294,6 +294,7 @@ def alive() -> int:
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
+@pytest.mark.newest
 def test_no_tensor_stays_over_steps_of_random_lengths(plan):
     """What is kept, whole or in part, goes with the pass: 200 steps."""
     model = switch_on(tiny_model("llama", num_hidden_layers=2, hidden_size=16, intermediate_size=16, head_dim=4))

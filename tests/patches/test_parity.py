@@ -180,6 +180,7 @@ def test_gradients(family, precision):
     hold_to_rule(lambda seed: errors(family, precision, seed))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_losses(precision):
     def pair(seed: int) -> tuple[Errors, Errors]:
@@ -218,6 +219,7 @@ def test_one_role_alone(role, family):
     hold_to_rule(lambda seed: (draw(family, seed).errors("fp32", *roles), draw(family, seed).stock["fp32"]))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 @pytest.mark.parametrize("role", ALONE)
 def test_one_role_alone_in_low_precision(role, precision):
@@ -254,6 +256,7 @@ FROZEN: dict[str, Callable[[str], bool]] = {
 }
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("frozen", FROZEN)
 @pytest.mark.parametrize("family", SUBSET)
 def test_frozen_weights(family, frozen):
@@ -336,6 +339,7 @@ def without_key_bias(errors: Errors) -> Errors:
     return {name: error for name, error in errors.items() if not name.endswith("k_proj.bias")}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_batches(shape):
     """In low precision on average only: few labels are few draws.
