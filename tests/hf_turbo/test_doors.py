@@ -116,18 +116,6 @@ def test_callback(run, tmp_path):
     assert_all_patched(report_of(tmp_path / "out"))
 
 
-def test_python_m(run, tmp_path):
-    run(sys.executable, "-m", "hf_turbo", SCRIPTS / "trainer.py", tmp_path / "out")
-    assert_all_patched(report_of(tmp_path / "out"))
-
-
-def test_accelerate_launch_m(run, config, tmp_path):
-    stock, report = config("single", hf_turbo=None), tmp_path / "report.json"
-    launch = (PROGRAMS / "accelerate", "launch", "--config_file", stock)
-    run(*launch, "-m", "hf_turbo", SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
-    assert_loop_patched(report)
-
-
 def test_torchrun_m_on_two_processes(run, tmp_path):
     report = tmp_path / "report.json"
     torchrun = (PROGRAMS / "torchrun", "--standalone", "--nproc_per_node", "2")
