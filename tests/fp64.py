@@ -69,7 +69,7 @@ def hold_to_rule(draw: Callable[[int], tuple[Errors, Errors]], loss: bool = Fals
         draw: errors of (turbo, stock) in the draw with this seed.
     """
     draws: list[tuple[Errors, Errors]] = []
-    for count in (DRAWS // 2, DRAWS, 4 * DRAWS):
+    for count in (DRAWS // 2, DRAWS, 2 * DRAWS, 4 * DRAWS):
         draws += [draw(seed) for seed in range(len(draws), count)]
         try:
             return assert_rule(draws, loss)
