@@ -414,12 +414,7 @@ def is_reentrant(trainer: Any) -> bool:
         return True
     layers = {} if trainer.model is None else layers_of(trainer.model)  # of a model_init they are stock
     on = (layer for layer in layers.values() if layer.gradient_checkpointing)
-    functions = (layer.__dict__.get(_ATTRIBUTE) for layer in on)
-    return any(
-        getattr(function, "func", function) is checkpoint
-        and getattr(function, "keywords", {}).get("use_reentrant") is not False
-        for function in functions
-    )
+    return any(recomputation.is_reentrant(layer.__dict__.get(_ATTRIBUTE)) for layer in on)
 
 
 def trainer_conflict(trainer: Any) -> str | None:

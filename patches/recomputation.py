@@ -42,6 +42,12 @@ _ASKED = {
 _IS_KNOWN = all(hasattr(owner, name) for owner, names in _ASKED.items() for name in names)
 
 
+def is_reentrant(function: Any) -> bool:
+    """Whether what checkpoints a layer is torch's, with reentrant autograd."""
+    keywords = getattr(function, "keywords", {})
+    return getattr(function, "func", function) is checkpoint and keywords.get("use_reentrant") is not False
+
+
 def understands(function: Any) -> bool:
     """Whether this is torch's checkpoint without reentrant autograd, and nothing else: no contexts, no debugging."""
     keywords = getattr(function, "keywords", {})

@@ -16,7 +16,6 @@ import torch
 from hf_turbo.kernels._launch import device_kind, once_differentiable
 from hf_turbo.kernels.tiled_mlp import Tile
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from . import lora, recomputation
 from .engine import Patch, forward_of, is_plain
@@ -109,10 +108,8 @@ def _is_checkpointed(layer: Any) -> bool:
     """Whether backward will run the layer's forward again, as far as its last saved tensor."""
     if layer is None or _WHOLE or not (layer.training and layer.gradient_checkpointing):
         return False
-    function = layer.__dict__.get("_gradient_checkpointing_func")
-    keywords = getattr(function, "keywords", {})
     # With reentrant autograd it runs to its end.
-    return getattr(function, "func", function) is not checkpoint or keywords.get("use_reentrant") is False
+    return not recomputation.is_reentrant(layer.__dict__.get("_gradient_checkpointing_func"))
 
 
 def may_call(mlp: nn.Module, projections: Sequence[nn.Module]) -> bool:
