@@ -154,8 +154,8 @@ class Training:
         params = (each for group in optimizer.param_groups for each in group["params"] if each.requires_grad)
         size = optimizers.bucket_bytes(sum(each.nbytes for each in params))
         finding = optimizer_in_backward.find(self._trainer, optimizer, size, self._report.notes.append)
-        for reason in finding.reasons:
-            raise not_in_backward(reason)
+        if finding.reasons:
+            raise not_in_backward(next(iter(finding.reasons)))
         for patch in finding.patches:
             patch.apply()
             self._patches.append(patch)
