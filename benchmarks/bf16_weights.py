@@ -1,6 +1,6 @@
 """Loss curves of a small Llama in bf16, trained from scratch on real text: what becomes of small updates.
 
-    python benchmarks/bf16_weights.py [--steps 500] [--seeds 3] [--lr 5e-5] [--out build/bf16_weights]
+    python benchmarks/bf16_weights.py [--steps 500] [--seeds 3] [--jobs 1] [--lr 5e-5] [--out build/bf16_weights]
     python benchmarks/bf16_weights.py --write-text FILE      for a machine that lacks the text; there: --text FILE
 
 Four ways to train the same bf16 model on the same batches of human dialogues (chitchat-dataset, read as bytes):
@@ -22,6 +22,9 @@ import random
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -201,17 +205,16 @@ def main() -> int:
         return 0
 
     rows, results = rows_of(text, arguments.length), []
-    engine.switch(True)
-    for seed in range(arguments.seeds):
-        for system in SYSTEMS:
-            results.append(train(system, seed, rows, arguments))
-            last = results[-1]
+    seeds = [seed for seed in range(arguments.seeds) for _ in SYSTEMS]
+    # Processes of their own: a GPU waits for the host at this size.
+    with ProcessPoolExecutor(arguments.jobs, get_context("spawn"), engine.switch, (True,)) as pool:
+        for last in pool.map(train, SYSTEMS * arguments.seeds, seeds, repeat(rows), repeat(arguments)):
+            results.append(last)
             print(
-                f"seed {seed} {system:<20} held out {last['held_out']:.4f}, unchanged in the middle step "
-                f"{last['weights_unchanged_in_the_middle_step']:.1%}, {last['seconds']:.0f} s",
+                f"seed {last['seed']} {last['system']:<20} held out {last['held_out']:.4f}, unchanged in the middle "
+                f"step {last['weights_unchanged_in_the_middle_step']:.1%}, {last['seconds']:.0f} s",
                 flush=True,
             )
-    engine.switch(False)
     verdict = judge(results)
     print(f"noise between seeds: {verdict['noise']}")
     for system in SYSTEMS:

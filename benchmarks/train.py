@@ -14,6 +14,8 @@ What the columns mean:
                     peak resident memory of the process, which includes building the model.
     launches, busy  with --profile: kernels launched per optimizer step, and milliseconds of a step in which at least
                     one kernel ran; from two more steps, which are not timed.
+    copies          with --profile: milliseconds of copies to and from pinned host memory in a step, and the share of
+                    them that passed while a kernel ran.
 
 The run fails (exit code 1) when a system other than the optional rivals fails, or when stock's and turbo's losses
 disagree. See `disagreements` for the rule.
@@ -188,6 +190,10 @@ def summary(name: str, args: argparse.Namespace, results: dict[str, Result]) -> 
         "peak GiB resident": lambda result: f"{result['peak_rss_gib']:.2f}",
         "launches per step": lambda result: f"{result['launches_per_step']:,.0f}",
         "GPU busy, ms per step": lambda result: f"{result['gpu_busy_ms_per_step']:,.1f}",
+        "copies with the host, ms per step (hidden)": lambda result: (
+            f"{result['host_copies_ms_per_step']:,.1f}"
+            f" ({result['hidden_copies_ms_per_step'] / max(1e-9, result['host_copies_ms_per_step']):.0%})"
+        ),
         "loss of the first step": lambda result: f"{result['losses'][0]:.5f}",
         "loss of the last step": lambda result: f"{result['losses'][-1]:.5f}",
         "largest difference of a loss": apart("losses"),

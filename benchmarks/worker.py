@@ -5,9 +5,11 @@ Started by train.py. Prints one line per optimizer step, which is what train.py 
 
 from __future__ import annotations
 
+import bisect
 import gc
 import importlib.util
 import json
+import math
 import os
 import resource
 import sys
@@ -137,21 +139,49 @@ def step_timer(warmup: int, steps: int, device: str, profile: bool) -> Any:
 
 
 def device_time(profiler: Any) -> dict[str, float]:
-    """Kernel launches per step, and milliseconds per step in which at least one kernel ran."""
+    """Per step: kernel launches, milliseconds in which at least one kernel ran, milliseconds of copies to and from
+    pinned host memory, and how many of those passed while a kernel ran.
+    """
     from torch.autograd import DeviceType
 
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset"))
-    )
-    busy, reached = 0.0, 0.0
-    for start, end in spans:  # microseconds
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return {"launches_per_step": len(spans) / PROFILED_STEPS, "gpu_busy_ms_per_step": busy / 1e3 / PROFILED_STEPS}
+    kernels, copies = [], []
+    for event in profiler.events():
+        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        span = (event.time_range.start, event.time_range.end)  # microseconds
+        if not event.name.startswith(("Memcpy", "Memset")):
+            kernels.append(span)
+        elif "Pinned" in event.name:
+            copies.append(span)
+    busy = _union(kernels)
+    figures = {
+        "launches_per_step": len(kernels),
+        "gpu_busy_ms_per_step": sum(end - start for start, end in busy) / 1e3,
+        "host_copies_ms_per_step": sum(end - start for start, end in copies) / 1e3,
+        "hidden_copies_ms_per_step": sum(_overlap(copy, busy) for copy in copies) / 1e3,
+    }
+    return {name: figure / PROFILED_STEPS for name, figure in figures.items()}
+
+
+def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The time that at least one of them covers, as spans that do not touch, in order."""
+    union: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if union and start <= union[-1][1]:
+            union[-1] = union[-1][0], max(union[-1][1], end)
+        else:
+            union.append((start, end))
+    return union
+
+
+def _overlap(span: tuple[float, float], union: list[tuple[float, float]]) -> float:
+    first = max(0, bisect.bisect_right(union, (span[0], math.inf)) - 1)
+    overlap = 0.0
+    for start, end in union[first:]:
+        if start >= span[1]:
+            break
+        overlap += max(0.0, min(end, span[1]) - max(start, span[0]))
+    return overlap
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
@@ -219,6 +249,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
                 packing=workload.packed > 0,
                 optim=workload.optim,
                 learning_rate=workload.learning_rate,
+                max_grad_norm=workload.max_grad_norm,
                 lr_scheduler_type="constant",
                 bf16=True,
                 use_cpu=device == "cpu",

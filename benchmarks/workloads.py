@@ -115,7 +115,7 @@ class Workload:
         weights: dtype of the weights; float32 ones are trained under bf16 autocast, as `SFTConfig` has it by default.
         nf4: base weights quantised to NF4 with double quantisation (QLoRA).
         checkpointing: gradient checkpointing of every layer.
-        optim: as in `TrainingArguments`. learning_rate: constant.
+        optim, max_grad_norm: as in `TrainingArguments`. learning_rate: constant.
         config: changes to the model's config.
     """
 
@@ -134,6 +134,7 @@ class Workload:
     checkpointing: bool = False
     optim: str = "adamw_8bit"
     learning_rate: float = 2e-5
+    max_grad_norm: float = 1.0
     config: dict[str, Any] = field(default_factory=dict)
 
     def model_config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ bias corrections, lr * weight_decay and 1 - beta. The averages are formed as m +
 lose the digits of a beta near 1 that float32 has no room for.
 
 8-bit states, in the format of bitsandbytes: blocks of 256 elements of the flat tensor, per block absmax1 and absmax2
-(float32), per element a code into a sorted map of 256 values:
+(float32), per element a code into a map of 256 values in ascending order (its dynamic maps):
 
     m = map1[code1] * absmax1[block]           v = map2[code2] * absmax2[block]
 
@@ -29,9 +29,11 @@ than 1/512 in the same way. Two ways out (see _bf16_weights.py), with states of 
     remainders: int16, beside each parameter: together the exact float32 master, which is what is updated
     random:     parameters, and states that are bfloat16, are rounded by chance; the mean is exact
 
-How the nearest code is found: thresholds between neighbours are compared exactly, but only one of them. The upper bits
-of a float (sign, exponent, 7 bits of mantissa) name an interval that holds at most one threshold, and a table says
-which. It serves any map that is no denser than that.
+How the nearest code is found: a map of bitsandbytes has 1, 2, 4 ... 64 values (twice as many if it has no negative
+ones), evenly spread, in each decade from 1e-7 to 1. The number of thresholds below x is near the least of seven linear
+functions of x, one for each decade, since each is less steep than the one before. That is off by so little, in float16
+too, that one comparison with one threshold is left, which is exact. Tables of 256 numbers lie in shared memory: what
+bounds the kernel is the number of instructions, and in L1 each look-up would cost one for each line that a warp hits.
 
 Both kernels are compiled without fused multiply-add, so that a weight with its remainder takes the very steps of a
 float32 weight: with it the compiler contracts the two in different places, and their last bits part.
@@ -40,7 +42,7 @@ Floor, for N elements of e-byte parameters and gradients: 3*N*e bytes, 4*N of re
 state. Of bfloat16 parameters, that is 14*N with bfloat16 states (rounded by chance too), 22*N with float32 states and
 26*N with those and remainders; 10*N and 14*N with 8-bit states.
 
-Raises ValueError for tensors that do not fit together, and for a map that is unsorted or too dense; TypeError for
+Raises ValueError for tensors that do not fit together, and for maps that are not those of bitsandbytes; TypeError for
 dtypes.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (2019); Dettmers et al., "8-bit Optimizers via
@@ -78,12 +80,10 @@ BLOCK = 256  # elements that share an absmax
 
 _CHUNK = 2048  # elements per program: 8 per thread, 16 bytes of bfloat16
 _WARPS = 8
+_WARPS_8BIT = 4
 
-# Buckets of |x| <= 1 for the search of the nearest code: 7 bits of mantissa, exponents from -23 on; below lies nothing
-# but zero's own interval.
-_BUCKET_SHIFT = tl.constexpr(16)
-_FIRST_BUCKET = tl.constexpr((127 - 23) << 7)
-_LAST_BUCKET = tl.constexpr(23 << 7)
+_DECADES = tl.constexpr(7)  # of a map of bitsandbytes
+_SEARCH_SCALE = tl.constexpr(64.0)  # for float16 to hold the slope at the smallest of them
 
 
 class Rates(NamedTuple):
@@ -101,7 +101,7 @@ class BlockStates(NamedTuple):
 
     Attributes:
         absmax1, absmax2: float32 [ceil(numel / 256)] each.
-        map1, map2: float32 [256], sorted.
+        map1, map2: float32 [256], the signed and the unsigned dynamic map of bitsandbytes.
     """
 
     absmax1: list[torch.Tensor]
@@ -198,25 +198,18 @@ def _thresholds(values: torch.Tensor) -> torch.Tensor:
     return torch.cat([middle, middle.new_full((1,), math.inf)])
 
 
-class _CodeTables(NamedTuple):
-    starts: torch.Tensor  # uint8, by bucket: the code of its lower end; buckets of negative x behind the others
-    thresholds: torch.Tensor  # float32 [256]
-
-
-def _code_tables(values: torch.Tensor) -> _CodeTables:
-    """Tables for `_nearest_code`, on the device of `values`."""
-    thresholds = _thresholds(values.cpu())
-    bucket = torch.arange(_LAST_BUCKET.value + 1, dtype=torch.int32)
-    low = ((bucket + _FIRST_BUCKET.value) << _BUCKET_SHIFT.value).view(torch.float32)
-    high = (((bucket + _FIRST_BUCKET.value + 1) << _BUCKET_SHIFT.value) - 1).view(torch.float32)
-    low[0] = 0.0
-    ends = [(low, high), (-high, -low)]
-    starts, stops = (torch.cat([torch.bucketize(end[i], thresholds[:-1]) for end in ends]) for i in (0, 1))
-    if values[0] >= 0:  # unsigned
-        starts, stops = (codes[: len(bucket)] for codes in (starts, stops))
-    if bool((stops - starts > 1).any()):
-        raise ValueError("the map of an 8-bit state is too dense for the search of its codes")
-    return _CodeTables(starts.to(torch.uint8).to(values.device), thresholds.to(values.device))
+def _search_table(values: torch.Tensor, signed: bool) -> torch.Tensor:
+    """float32 [256], on the device of `values`: -inf, then the thresholds but for the last, times _SEARCH_SCALE.
+    `values` has to be a map in which `_nearest_code` finds its way.
+    """
+    ends = _thresholds(values.cpu())[:-1]
+    items = 1 if signed else 2
+    for side in (ends[ends > 0].double(), -ends[ends < 0].flip(0).double()):
+        lines = [items * (2.0**i * (10.0 ** (6 - i) * side + 0.8) / 0.9 - 1.0) for i in range(_DECADES.value)]
+        off = torch.stack(lines).amin(0) - torch.arange(len(side), device="cpu")
+        if bool((off.abs() > 0.251).any()):
+            raise ValueError("the map of an 8-bit state is none of bitsandbytes' dynamic maps")
+    return torch.cat([ends.new_full((1,), -math.inf), ends * _SEARCH_SCALE.value]).to(values.device)
 
 
 # ------------------------------------------------------------------------------------------------------------- Triton
@@ -282,18 +275,15 @@ def _average(old, new, beta, weight):
 
 
 @triton.jit
-def _new_param(param, m, v, factors, DECAY_LAST: tl.constexpr):
-    """`factors` points to the tensor's row."""
-    step_size = tl.load(factors)
-    correction = tl.load(factors + 1)
-    eps = tl.load(factors + 2)
+def _new_param(param, m, root, factors, DECAY_LAST: tl.constexpr):
+    """`root` is that of v; `factors` points to the tensor's row."""
+    update = tl.load(factors) * (m / tl.fma(root, tl.load(factors + 1), tl.load(factors + 2)))
     decay = tl.load(factors + 3)
-    update = step_size * (m / (tl.sqrt_rn(v) * correction + eps))
     # What is taken away is summed first: the parameter, far larger, is rounded once.
     if DECAY_LAST:
-        change = update + decay * (param - update)
+        change = tl.fma(param - update, decay, update)
     else:
-        change = update + decay * param
+        change = tl.fma(param, decay, update)
     return param - change
 
 
@@ -376,7 +366,7 @@ def _update_kernel(
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
     m = _average(m, grad, tl.load(factors + 4), tl.load(factors + 5))
     v = _average(v, grad * grad, tl.load(factors + 6), tl.load(factors + 7))
-    param = _new_param(param, m, v, factors, DECAY_LAST)
+    param = _new_param(param, m, tl.sqrt_rn(v), factors, DECAY_LAST)
     word = element
     if RANDOM:
         word = random_word(keys_ptr, tensor, start + element)
@@ -399,16 +389,24 @@ def _scale(absmax):
 
 
 @triton.jit
-def _nearest_code(x, starts_ptr, thresholds_ptr, SIGNED: tl.constexpr):
-    """The code (int32) of |x| <= 1."""
-    bits = x.to(tl.int32, bitcast=True)
-    bucket = ((bits & 0x7FFFFFFF) >> _BUCKET_SHIFT) - _FIRST_BUCKET
-    bucket = tl.minimum(tl.maximum(bucket, 0), _LAST_BUCKET)
+def _nearest_code(x, ends, SIGNED: tl.constexpr):
+    """The code (int32) of |x| <= 1, which is given times _SEARCH_SCALE. `ends` is what `_search_table` makes."""
+    # In float16, of which a GPU computes two at a time. Between 256 and 512 its last two bits are quarters, so that the
+    # others say how many values are below; with halves of all that, its last three are eighths.
+    items: tl.constexpr = 0.5 if SIGNED else 1.0
+    size = tl.abs(x).to(tl.float16)
+    below = tl.full(x.shape, items * 510.5, tl.float16)  # no more, whatever x
+    for decade in tl.static_range(_DECADES):
+        slope = tl.full(x.shape, items * 2.0 * 2.0**decade * 10.0 ** (6 - decade) / 0.9 / _SEARCH_SCALE, tl.float16)
+        offset = tl.full(x.shape, items * (2.0**decade * 1.6 / 0.9 + 254.5), tl.float16)
+        below = tl.minimum(below, tl.fma(size, slope, offset))
+    bits = below.to(tl.int16, bitcast=True).to(tl.int32)
     if SIGNED:
-        bucket = tl.where(bits < 0, bucket + (_LAST_BUCKET + 1), bucket)
-    code = tl.load(starts_ptr + bucket, eviction_policy="evict_last").to(tl.int32)
-    threshold = tl.load(thresholds_ptr + code, eviction_policy="evict_last")
-    return tl.where(x > threshold, code + 1, code)
+        sign = bits_of(x) >> 31
+        index = ((bits >> 3) & 127) ^ (sign & 255) ^ 128  # 128 + below, or 127 - below
+    else:
+        index = ((bits >> 2) & 255) + 1
+    return tl.where(x > tl.gather(ends, index, 0), index, index - 1)
 
 
 @triton.jit
@@ -420,16 +418,13 @@ def _update_8bit_kernel(
     keys_ptr,
     map1_ptr,
     map2_ptr,
-    starts1_ptr,
-    starts2_ptr,
-    thresholds1_ptr,
-    thresholds2_ptr,
+    ends1_ptr,
+    ends2_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    SIGNED2: tl.constexpr,
     DECAY_LAST: tl.constexpr,
     REMAINDER: tl.constexpr,
     RANDOM: tl.constexpr,
@@ -452,36 +447,47 @@ def _update_8bit_kernel(
     rest = tl.minimum(tl.load(pointers + 3) - start, CHUNK).to(tl.int32)
     if ALIGNED:
         rest = tl.multiple_of(rest, 16)
-    block = tl.arange(0, CHUNK // BLOCK_SIZE)
+    blocks: tl.constexpr = CHUNK // BLOCK_SIZE
+    block = tl.arange(0, blocks)
     in_rest = block * BLOCK_SIZE < rest
-    element = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    element = tl.arange(0, CHUNK)
     mask = element < rest
+    value = tl.arange(0, 256)
     grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
     code1 = tl.load(code1_ptr + element, mask=mask, other=0).to(tl.int32)
     code2 = tl.load(code2_ptr + element, mask=mask, other=0).to(tl.int32)
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
-    absmax1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0)
-    absmax2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0)
+    # What a block shares is multiplied first.
+    scale1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 4)
+    scale2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 6)
 
-    finite = mask & (tl.abs(grad) < float("inf"))
-    m = tl.load(map1_ptr + code1, eviction_policy="evict_last") * absmax1[:, None]
-    v = tl.load(map2_ptr + code2, eviction_policy="evict_last") * absmax2[:, None]
-    m = tl.where(finite, m * tl.load(factors + 4) + tl.load(factors + 5) * grad, 0.0)
-    v = tl.where(finite, v * tl.load(factors + 6) + tl.load(factors + 7) * (grad * grad), 0.0)
-    param = tl.where(finite, _new_param(param, m, v, factors, DECAY_LAST), param)
+    finite = tl.abs(grad) < float("inf")
+    m = tl.gather(tl.load(map1_ptr + value), code1, 0)
+    v = tl.gather(tl.load(map2_ptr + value), code2, 0)
+    m = tl.fma(m, _of_elements(scale1, CHUNK), tl.load(factors + 5) * grad)
+    v = tl.fma(v, _of_elements(scale2, CHUNK), tl.load(factors + 7) * grad * grad)
+    m = tl.where(finite, m, 0.0)
+    v = tl.where(finite, v, 0.0)
+    param = tl.where(finite, _new_param(param, m, tl.sqrt(v), factors, DECAY_LAST), param)
     word = element
     if RANDOM:
         word = random_word(keys_ptr, tensor, start + element)
     _store_param(param, word, pointers, start, element, mask, PARAM, ALIGNED, REMAINDER, RANDOM)
 
-    absmax1 = tl.max(tl.abs(m), axis=1)
-    absmax2 = tl.max(tl.abs(v), axis=1)
+    absmax1 = tl.max(tl.reshape(tl.abs(m), (blocks, BLOCK_SIZE)), axis=1)
+    absmax2 = tl.max(tl.reshape(v, (blocks, BLOCK_SIZE)), axis=1)
     tl.store(absmax1_ptr + block, absmax1, mask=in_rest)
     tl.store(absmax2_ptr + block, absmax2, mask=in_rest)
-    code1 = _nearest_code(m * _scale(absmax1)[:, None], starts1_ptr, thresholds1_ptr, True)
-    code2 = _nearest_code(v * _scale(absmax2)[:, None], starts2_ptr, thresholds2_ptr, SIGNED2)
+    code1 = _nearest_code(m * _of_elements(_scale(absmax1) * _SEARCH_SCALE, CHUNK), tl.load(ends1_ptr + value), True)
+    code2 = _nearest_code(v * _of_elements(_scale(absmax2) * _SEARCH_SCALE, CHUNK), tl.load(ends2_ptr + value), False)
     tl.store(code1_ptr + element, code1.to(tl.uint8), mask=mask)
     tl.store(code2_ptr + element, code2.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _of_elements(value, CHUNK: tl.constexpr):
+    """[blocks] -> [CHUNK]"""
+    return tl.reshape(tl.broadcast_to(value[:, None], (value.shape[0], CHUNK // value.shape[0])), (CHUNK,))
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
@@ -537,7 +543,7 @@ class MultiTensorAdamW:
         self._factors = torch.empty((len(params), 8), dtype=torch.float32, device=self.device)
         self._streams = _on_device(random.streams, torch.int32, self.device) if random is not None else None
         self._keys = torch.empty((len(params), 2), dtype=torch.int32, device=self.device) if random else None
-        self._codes = [_code_tables(values) for values in (blocks.map1, blocks.map2)] if blocks else []
+        self._ends_of_codes = [_search_table(blocks.map1, True), _search_table(blocks.map2, False)] if blocks else []
 
     def _check(self) -> None:
         lists = [self.params, self.exp_avgs, self.exp_avg_sqs]
@@ -647,7 +653,7 @@ class MultiTensorAdamW:
                 num_warps=_WARPS,
             )
             return
-        first, second = self._codes
+        first, second = self._ends_of_codes
         launch(
             _update_8bit_kernel,
             (len(chunks),),
@@ -659,21 +665,18 @@ class MultiTensorAdamW:
             self._keys,
             self.blocks.map1,
             self.blocks.map2,
-            first.starts,
-            second.starts,
-            first.thresholds,
-            second.thresholds,
+            first,
+            second,
             PARAM=param,
             GRAD=grad,
             CHUNK=_CHUNK,
             BLOCK_SIZE=BLOCK,
             ALIGNED=aligned,
-            SIGNED2=len(second.starts) == len(first.starts),
             DECAY_LAST=self.decay_last,
             fp_fusion=False,
             REMAINDER=self.remainders is not None,
             RANDOM=self.random is not None,
-            num_warps=_WARPS,
+            num_warps=_WARPS_8BIT,
         )
 
     def _chunks_of(self, addresses: list[int]) -> torch.Tensor:

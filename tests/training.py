@@ -191,7 +191,7 @@ def perturb(model: nn.Module, dtype: torch.dtype | None = None, seed: int = 1) -
                 signs = torch.randint(0, 2, parameter.shape, generator=generator) * 2.0 - 1
                 # In fp64: in fp32, 1 + eps / 2 is 1, and every second weight would stay.
                 factor = 1 + torch.finfo(dtype or parameter.dtype).eps / 2 * signs.double()
-                parameter.copy_(parameter.double() * factor)
+                parameter.copy_(parameter.double() * factor.to(parameter.device))
 
 
 Probe = Callable[[Trainer], dict[str, torch.Tensor]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import train
+import worker
 from workloads import WORKLOADS, Workload
 
 
@@ -112,3 +114,29 @@ def test_a_failing_run_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert code == 1
     assert "no_such_optimizer" in run["problems"][0]
     assert "no_such_optimizer" in capsys.readouterr().out
+
+
+def test_device_time() -> None:
+    """Kernels of two streams count once; of copies, those with pinned memory, and what a kernel covers of them."""
+    from torch.autograd import DeviceType
+
+    def event(name: str, start: float, end: float) -> SimpleNamespace:
+        times = SimpleNamespace(start=1e3 * start, end=1e3 * end)
+        return SimpleNamespace(name=name, device_type=DeviceType.CUDA, time_range=times)
+
+    events = [
+        event("gemm", 10, 20),
+        event("gemm", 15, 30),
+        event("norm", 40, 50),
+        event("Memcpy DtoH (Device -> Pinned)", 5, 25),  # 15 of 20 beside kernels
+        event("Memcpy HtoD (Pinned -> Device)", 28, 44),  # 2 + 4 of 16
+        event("Memcpy HtoD (Pageable -> Device)", 60, 70),
+        event("Memset (Device)", 60, 70),
+    ]
+    figures = worker.device_time(SimpleNamespace(events=lambda: events))
+    assert {name: value * worker.PROFILED_STEPS for name, value in figures.items()} == {
+        "launches_per_step": 3,
+        "gpu_busy_ms_per_step": 30,
+        "host_copies_ms_per_step": 36,
+        "hidden_copies_ms_per_step": 21,
+    }
