@@ -482,12 +482,14 @@ def _same_name_subclass(base: type) -> type:
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         stand_in = paged_optimizers.stand_in_of(self)
-        if stand_in is None:
-            result = stock_load(self, state_dict, *args, **kwargs)
-        else:
+        if stand_in is not None:
             state_dict = stand_in.to_load(self, state_dict)
+        if getattr(self, "is_paged", False) and not args and not kwargs:
+            # Stock moves all states to the device, where they stay.
             result = stock_load(self, state_dict, move_to_device=False)
             paged_optimizers.page_states(self)
+        else:
+            result = stock_load(self, state_dict, *args, **kwargs)
         stepper = _PATCHED.get(self)
         if stepper is not None:
             stepper.weights.restore(self, state_dict)

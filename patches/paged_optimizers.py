@@ -81,15 +81,20 @@ def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def page_states(optimizer: Any) -> None:
-    """Of states that were loaded into host memory: large ones into memory that pages, others to the device."""
+    """Of states that were loaded into host memory: large ones into memory that pages, others to the device.
+
+    What bitsandbytes notes on a tensor in paged memory is saved with it, and stands on the loaded one, which is not: to
+    fetch that ends the process.
+    """
+    paged = {buffer.data_ptr() for buffer in optimizer.page_mng.paged_tensors}
     for param, state in optimizer.state.items():
         for name, value in state.items():
-            if not torch.is_tensor(value) or getattr(value, "is_paged", False):
+            if not torch.is_tensor(value) or value.data_ptr() in paged:
                 continue
             if name in _NAMES and param.is_cuda and param.numel() >= _LEAST_PAGED:
                 state[name] = optimizer.get_state_buffer(param, dtype=value.dtype).copy_(value)
             else:
-                state[name] = value.to(param.device)
+                state[name] = value.detach().to(param.device)  # detached: without notes
 
 
 class PagedOptimizer(Patch):

@@ -213,7 +213,8 @@ def test_what_cannot_be_paged_is_said(tmp_path, scarce, monkeypatch, why):
 
 
 @pytest.mark.gpu
-def test_loaded_states_page(tmp_path):
+@pytest.mark.parametrize("stands_in", [True, False])
+def test_loaded_states_page(tmp_path, stands_in):
     """Of 100,000 elements or more, in managed memory again; the next step is that of a run that never stopped."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -224,7 +225,9 @@ def test_loaded_states_page(tmp_path):
     made = [bitsandbytes.optim.AdamW([p], lr=1e-3, is_paged=True) for p in params]
     hf_turbo.enable()
     for one in made:
-        paged_optimizers._STAND_INS[one] = paged_optimizers.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
+        if stands_in:
+            stand_in = paged_optimizers.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
+            paged_optimizers._STAND_INS[one] = stand_in
         for patch in optimizers.find(one, print).patches:
             patch.apply()
     for step in range(3):
@@ -234,5 +237,37 @@ def test_loaded_states_page(tmp_path):
             one.step()
         torch.save(made[0].state_dict(), tmp_path / "optimizer.pt")
         made[1].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, map_location="cpu"))
-        assert made[1].state[params[1]]["state1"].is_paged
+        state = made[1].state[params[1]]["state1"]
+        assert state.data_ptr() in {buffer.data_ptr() for buffer in made[1].page_mng.paged_tensors}
+        assert state.is_paged
         assert torch.equal(params[0], params[1])
+
+
+def test_notes_of_paged_memory_are_not_believed(tmp_path):
+    """What was saved from a GPU says of its states that they are in paged memory; bitsandbytes fetches such, and the
+    process ends where they are not."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    param = torch.nn.Parameter(torch.randn(300, 500))
+    optimizer = bitsandbytes.optim.AdamW([param], lr=1e-3, is_paged=True)
+    hf_turbo.enable()
+    for patch in optimizers.find(optimizer, print, on_cpu=True).patches:
+        patch.apply()
+    param.grad = torch.randn(300, 500)
+    optimizer.step()
+    for name in ("state1", "state2"):
+        optimizer.state[param][name].is_paged = True
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    loaded = torch.load(tmp_path / "optimizer.pt", weights_only=True)
+    assert any(getattr(value, "is_paged", False) for value in walk(loaded)), "the note is saved"
+    optimizer.load_state_dict(loaded)
+    assert not any(getattr(value, "is_paged", False) for value in walk(optimizer.state[param]))
+    optimizer.step()
+
+
+def walk(value):
+    """Tensors in dicts of dicts."""
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from walk(each)
+    elif torch.is_tensor(value):
+        yield value
