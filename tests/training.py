@@ -134,7 +134,7 @@ class PlainLogProb:
 
 @contextmanager
 def fused_head_on_cpu() -> Iterator[None]:
-    """Where stock TRL cannot compute a loss here, a plain torch function stands in for its Triton kernel.
+    """Where stock TRL cannot compute a loss on a CPU, a plain torch function stands in for its Triton kernel.
 
     TRL 1.15 runs a Triton kernel for the fused head even on CPU tensors, and fails there ("0 active drivers"). Stock,
     turbo and the tests see the function of the same arguments as TRL's own.
@@ -142,7 +142,8 @@ def fused_head_on_cpu() -> Iterator[None]:
     module = trl.trainer.utils
     own = module._ChunkedLogProbFunction
     try:
-        own.apply(torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8)
+        if not torch.cuda.is_available():
+            own.apply(torch.ones(2, 4), torch.ones(8, 4), None, torch.tensor([1, 2]), 1.0, 8)
     except RuntimeError as error:
         if "0 active drivers" not in str(error):
             raise

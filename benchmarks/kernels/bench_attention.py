@@ -144,13 +144,13 @@ def flash(shape: Shape, device: torch.device, tiny: bool) -> Way:
     if not kernels._flash_can(*(torch.empty(1, 1, shape.width, dtype=BF16, device=device) for _ in range(2))):
         raise Unavailable("torch's FlashAttention does not run on this device")
     starts, longest = starts_of(shape.lengths, device), max(shape.lengths)
-    return Way(lambda q, k, v: kernels._flash(q, k, v, starts, longest, None, True, None, 0.0))
+    return Way(lambda q, k, v: kernels._flash(q, k, v, starts, longest, None, True, None, 0.0, kernels._plainly))
 
 
 def runs(shape: Shape, device: torch.device, tiny: bool) -> Way:
     if shape.softcap is not None:
         raise Unavailable("scaled_dot_product_attention takes no cap")
-    return Way(lambda q, k, v: kernels._by_runs(q, k, v, shape.lengths, None, True, None, 0.0))
+    return Way(lambda q, k, v: kernels._by_runs(q, k, v, shape.lengths, None, True, None, 0.0, kernels._plainly))
 
 
 class Rows:
@@ -214,6 +214,7 @@ def flex(shape: Shape, device: torch.device, tiny: bool) -> Way:
     document = torch.repeat_interleave(torch.arange(len(shape.lengths)), torch.tensor(shape.lengths)).to(device)
     make, call, tokens = create_block_mask, flex_attention, shape.tokens
     if not tiny:
+        torch._functorch.config.donated_buffer = False  # backward is timed again and again on one graph
         torch._dynamo.config.recompile_limit = 64  # beyond it a call would silently make all tokens by all tokens
         make, call = torch.compile(create_block_mask), torch.compile(flex_attention, dynamic=_DYNAMIC)
 
