@@ -31,7 +31,6 @@ def load(path: Path) -> ModuleType:
 
 
 demo = load(ROOT / "benchmarks" / "demo.py")
-STOCK = demo.launchers_of(demo.SCRIPT)["stock"]
 
 
 @pytest.fixture(scope="module")
@@ -122,16 +121,37 @@ def test_each_script_has_two_launchers_and_the_makefile_knows_both() -> None:
     assert "benchmarks/demo.py --script examples/sft_qlora.py --folder demo-qlora" in recipe
 
 
+# Leaves what the demo reads of a script, which needs no training.
+PRETENDER = """
+import json, pathlib, sys
+folder, losses = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1]), [float(each) for each in sys.argv[1:6]]
+for step, loss in enumerate(losses, 1):
+    print({"loss": str(loss)})
+logs = [{"loss": loss, "num_tokens": 10.0 * step} for step, loss in enumerate(losses, 1)]
+(folder / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+header = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+(folder / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+(folder / "train_results.json").write_text(json.dumps({"train_runtime": 1.0}))
+row = {"model": "M", "role": "norms", "found": 1, "patched": 1, "kernel": "", "exactness": "", "reason": ""}
+(folder / "hf_turbo_report.json").write_text(json.dumps({"rows": [row], "notes": []}))
+"""
+
+
 def test_different_losses_fail_the_demo(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another seed stands in for a patch that computes something else."""
-    launchers = {"stock": STOCK, "hf_turbo": (*STOCK, "--seed", "7")}
+    def pretend(*losses: str) -> tuple[str, ...]:
+        return (sys.executable, "-c", PRETENDER, *losses)
+
+    launchers = {"stock": pretend("5", "4", "3", "2", "1"), "hf_turbo": pretend("5", "4", "3", "2", "1.0001")}
     assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
     assert "disagree" in capsys.readouterr().out
     assert not json.loads((tmp_path / "report.json").read_text())["agree"]
+    launchers["hf_turbo"] = pretend("5", "4", "3", "2", "1.0000001")
+    assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["agree"]
 
 
 def test_a_failing_script_is_told(tiny: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    launchers = {"stock": (*STOCK, "--no-such-option")}
+    launchers = {"stock": (sys.executable, "-c", "import sys; sys.exit(f'no-such-option {sys.argv}')")}
     assert demo.main([*tiny, "--folder", str(tmp_path)], launchers) == 1
     assert "no-such-option" in capsys.readouterr().out
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
 from conftest import copy_bandwidth, default_device, extra_gib, matrix_speed, time_ms
 from hf_turbo.kernels import varlen_attention as kernels
 from hf_turbo.kernels.varlen_attention import varlen_attention

@@ -1,6 +1,8 @@
 """Every door into hf_turbo runs a whole script that does not know of it, and the report proves what was patched.
 
-The scripts in tests/hosts/scripts/ are plain Trainer, TRL and Accelerate scripts; none imports hf_turbo.
+The scripts in tests/hosts/scripts/ are plain Trainer, TRL and Accelerate scripts; none imports hf_turbo. A script costs
+a quarter of a minute: the callback is tested in test_lifecycle.py, `hf-turbo launch` in test_cli.py, the other spelling
+of a config's section in test_autoload.py.
 """
 
 import json
@@ -106,16 +108,6 @@ def test_enable_called_before_everything(run, tmp_path):
     assert_all_patched(report_of(tmp_path / "out"))
 
 
-def test_callback(run, tmp_path):
-    source = (SCRIPTS / "trainer.py").read_text()
-    changed = source.replace("train_dataset=", "callbacks=[TurboCallback()], train_dataset=")
-    assert changed != source
-    script = tmp_path / "with_callback.py"
-    script.write_text(f"from hf_turbo import TurboCallback\n{changed}")
-    run(sys.executable, script, tmp_path / "out")
-    assert_all_patched(report_of(tmp_path / "out"))
-
-
 def test_torchrun_m_on_two_processes(run, tmp_path):
     report = tmp_path / "report.json"
     torchrun = (PROGRAMS / "torchrun", "--standalone", "--nproc_per_node", "2")
@@ -131,20 +123,6 @@ def test_environment_on_a_trl_script(run, tmp_path):
 def test_section_of_the_shipped_ddp_config_on_two_processes(run, config, tmp_path):
     run(PROGRAMS / "accelerate", "launch", "--config_file", config("ddp"), SCRIPTS / "trainer.py", tmp_path / "out")
     assert_all_patched(report_of(tmp_path / "out"))
-
-
-def test_portable_spelling(run, config, tmp_path):
-    portable, report = config("single", hf_turbo=None, mpirun_config={"hf_turbo": True}), tmp_path / "report.json"
-    launch = (PROGRAMS / "accelerate", "launch", "--config_file", portable)
-    run(*launch, SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
-    assert_loop_patched(report)
-
-
-def test_hf_turbo_launch(run, config, tmp_path):
-    stock, report = config("single", hf_turbo=None), tmp_path / "report.json"
-    launch = (PROGRAMS / "hf-turbo", "launch", "--config_file", stock)
-    run(*launch, SCRIPTS / "accelerate_loop.py", HF_TURBO_REPORT=str(report))
-    assert_loop_patched(report)
 
 
 def test_environment_with_options_on_a_loop_without_a_trainer(run, tmp_path):

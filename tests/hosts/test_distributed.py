@@ -13,6 +13,7 @@ import gc
 import itertools
 import os
 import socket
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,17 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def start_ranks(worker: Any, *args: Any) -> Any:
+    """Forked from a process that has all host libraries imported, which takes as long as many a test."""
+    set_forkserver_preload(["tests.training"])
+    return mp.start_processes(worker, (free_port(), *args), nprocs=2, join=False, start_method="forkserver")
+
+
 def start(worker: Any, folder: Path, *args: Any) -> list[Any]:
     """Runs the worker as two ranks; returns what they left."""
-    mp.spawn(worker, args=(free_port(), str(folder), *args), nprocs=2)
+    context = start_ranks(worker, str(folder), *args)
+    while not context.join():
+        pass
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from tests.hosts.test_distributed import free_port, leave, set_up, start
+from tests.hosts.test_distributed import leave, set_up, start, start_ranks
 
 pytestmark = [pytest.mark.newest, pytest.mark.xdist_group("retry_distributed")]
 
@@ -241,7 +240,7 @@ def ending(rank: int, port: int, folder: str, error: type[Exception]) -> None:
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ValueError])
 def test_what_never_goes_away_ends_on_both_ranks(error, tmp_path):
     """As soon as the one that failed has gone; and what was saved is whole."""
-    context = mp.spawn(ending, args=(free_port(), str(tmp_path), error), nprocs=2, join=False)
+    context = start_ranks(ending, str(tmp_path), error)
     assert context.join(timeout=120) or context.join(timeout=60), "it hangs"
     other, failed = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
     assert failed["error"] == error.__name__

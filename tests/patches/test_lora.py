@@ -208,7 +208,6 @@ CASES = {
         FUSED, "llama-bias", {"bias": "all"}, {"tie_word_embeddings": False}, "nf4", ("fp32", "mixed", "mixed-autocast")
     ),
     "fp4": Case(PACKED, "phi3", base="fp4"),
-    "fp4-double": Case(FUSED, "gemma2", base="fp4-double"),
     # 4-bit layers without adapters are fused as well; with adapters in fp32 they are another kind of layer.
     "nf4, q and v": Case(
         FUSED,
@@ -312,26 +311,25 @@ def weights_after_training(model: PeftModel, seed: int, autocast: bool = False, 
 
 
 def test_no_drift_in_a_hundred_steps(ran):
-    """By the rule, over all weights of two runs, whose updates are compared.
+    """By the rule, over all weights, whose updates are compared.
 
     At ten times this learning rate runs magnify their rounding errors so much that one run is one draw: the ratio was
     anything from 0.8 to 1.7. At this one it is 1.000 in fp32, and from 0.87 to 0.91 under autocast.
     """
     case = Case(FUSED, changes={"num_hidden_layers": 1})
     errors = {(name, autocast): 0.0 for name in ("turbo", "stock") for autocast in (False, True)}
-    for seed in range(2):
-        start = case.make(seed)
-        exact = weights_after_training(copy.deepcopy(start).double(), seed, exact=True)
-        for autocast in (False, True):
-            stock = weights_after_training(copy.deepcopy(start), seed, autocast)
-            model = copy.deepcopy(start)
-            with turbo(model):
-                ours = weights_after_training(model, seed, autocast)
-            for name, weight in exact.items():
-                update = (weight - start.get_parameter(name).double()).square().sum().item()
-                errors["turbo", autocast] += (ours[name] - weight).square().sum().item() / update
-                errors["stock", autocast] += (stock[name] - weight).square().sum().item() / update
-    assert ran == {"linears of 3": 4 * STEPS, "linears of 1": 4 * STEPS, "mlp of 3": 4 * STEPS}
+    start = case.make(0)
+    exact = weights_after_training(copy.deepcopy(start).double(), 0, exact=True)
+    for autocast in (False, True):
+        stock = weights_after_training(copy.deepcopy(start), 0, autocast)
+        model = copy.deepcopy(start)
+        with turbo(model):
+            ours = weights_after_training(model, 0, autocast)
+        for name, weight in exact.items():
+            update = (weight - start.get_parameter(name).double()).square().sum().item()
+            errors["turbo", autocast] += (ours[name] - weight).square().sum().item() / update
+            errors["stock", autocast] += (stock[name] - weight).square().sum().item() / update
+    assert ran == {"linears of 3": 2 * STEPS, "linears of 1": 2 * STEPS, "mlp of 3": 2 * STEPS}
     for autocast in (False, True):
         assert errors["turbo", autocast] ** 0.5 <= 1.1 * errors["stock", autocast] ** 0.5, errors
 
