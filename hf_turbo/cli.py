@@ -68,6 +68,13 @@ def add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         default="auto",
         help="hf_turbo's option of this name; min_memory is with checkpointing (default: auto)",
     )
+    parser.add_argument(
+        "--bf16-weights",
+        choices=("as_is", "exact_master", "stochastic_rounding"),
+        default="as_is",
+        help="hf_turbo's option of this name (default: as_is)",
+    )
+    parser.add_argument("--optimizer-in-backward", action="store_true", help="hf_turbo's option of this name")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw how memory fills in a step, such as step.png")
 
@@ -82,19 +89,12 @@ def positive(text: str) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """`hf-turbo plan`."""
+    import dataclasses
+
     from .plan import Run, run
 
-    training = Run(
-        arguments.method,
-        arguments.batch,
-        arguments.length,
-        arguments.rank,
-        arguments.dtype,
-        arguments.optim,
-        arguments.checkpointing,
-        arguments.memory,
-    )
-    return run(arguments.model, arguments.gpu, training, as_json=arguments.json, picture=arguments.plot)
+    settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)}
+    return run(arguments.model, arguments.gpu, settings, as_json=arguments.json, picture=arguments.plot)
 
 
 def launch(arguments: list[str]) -> int:

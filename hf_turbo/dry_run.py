@@ -442,6 +442,7 @@ def step(
     recomputed: int | None = None,
     attended: Sequence[int] = (),
     offloaded: bool = False,
+    bucket: int | None = None,
 ) -> Step:
     """Goes through one forward and backward pass of a model that is `patched`.
 
@@ -450,6 +451,7 @@ def step(
         recomputed: how many of the first layers are recomputed in backward; None without gradient checkpointing.
         attended: the numbers of those whose attention is not.
         offloaded: whether their inputs wait in host memory.
+        bucket: gradients of so many bytes are used and let go of within backward; None: all stand until its end.
 
     Raises:
         Unsupported: layers that transformers does not checkpoint; no head; code that looks into its tensors.
@@ -461,11 +463,20 @@ def step(
         raise Unsupported(f"{type(causal).__name__} is no stack of decoder layers with a language-model head")
     dtype = causal.dtype
     ledger = Ledger()
-    hooks = []
+    hooks, waiting = [], list[torch.Tensor]()
+
+    def accumulated(tensor: torch.Tensor) -> None:
+        ledger.move(tensor.grad, "gradients")
+        waiting.append(tensor)
+        if bucket is not None and sum(each.grad.nbytes for each in waiting) >= bucket:
+            for each in waiting:
+                each.grad = None
+            waiting.clear()
+
     for tensor in (*model.parameters(), *model.buffers()):
         ledger.own([tensor, *_scales(tensor)])
         if tensor.requires_grad:
-            hooks.append(tensor.register_post_accumulate_grad_hook(lambda each: ledger.move(each.grad, "gradients")))
+            hooks.append(tensor.register_post_accumulate_grad_hook(accumulated))
     if is_adapted and recomputed is not None:
         model.enable_input_require_grads()  # as trainers do
     calls = _Layers(layers, recomputed, attended, offloaded, lambda: _autocast(dtype))
@@ -495,6 +506,7 @@ def step(
     finally:
         for hook in hooks:
             hook.remove()
+        waiting.clear()
         if is_adapted and recomputed is not None:
             model.disable_input_require_grads()
         model.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from hf_turbo.patches import checkpointing, lora
 
 from . import dry_run
 from .policies import checkpointing as offloading
-from .policies import footprint, memory
+from .policies import footprint, memory, optimizers
 from .timeline import draw
 
 METHODS = ("full", "lora", "qlora")
@@ -43,7 +43,10 @@ class Run:
     Attributes:
         method: full, lora or qlora. batch: rows of a micro-batch. length: tokens of a row. rank: of the adapters.
         dtype: of the weights. optim: as in TrainingArguments. checkpointing: of every layer.
-        memory: the option of hf_turbo. "min_memory" adds checkpointing.
+        memory, bf16_weights, optimizer_in_backward: options of hf_turbo. "min_memory" adds checkpointing.
+
+    Raises:
+        ValueError: options that the run could not have.
     """
 
     method: str
@@ -54,8 +57,14 @@ class Run:
     optim: str = "adamw_torch_fused"
     checkpointing: bool = True
     memory: memory.Choice = "auto"
+    bf16_weights: str = "as_is"
+    optimizer_in_backward: bool = False
 
     def __post_init__(self) -> None:
+        if self.bf16_weights != "as_is" and (self.dtype != "bfloat16" or "adamw" not in self.optim):
+            raise ValueError(f"--bf16-weights {self.bf16_weights} needs --dtype bfloat16 and an AdamW for --optim")
+        if self.optimizer_in_backward and "adamw" not in self.optim and self.optim != "sgd":
+            raise ValueError("--optimizer-in-backward needs an AdamW or sgd for --optim")
         if self.memory == "min_memory":
             object.__setattr__(self, "checkpointing", True)
 
@@ -105,9 +114,13 @@ class Planner:
         model, _ = self.model(run)
         whole, attended = kept if run.checkpointing else _NOTHING
         recomputed = self.layers(run) - whole if run.checkpointing else None
-        key = id(model), run.batch, run.length, recomputed, attended, run.memory
+        bucket = None
+        if run.optimizer_in_backward:
+            bucket = optimizers.bucket_bytes(footprint.gradient_bytes(self.model(run)[1].trained))
+        key = id(model), run.batch, run.length, recomputed, attended, run.memory, bucket
         if key not in self._steps:
             options: dict[str, Any] = {"recomputed": recomputed, "attended": attended, "offloaded": self.offloads(run)}
+            options["bucket"] = bucket
             with dry_run.patched(model, run.memory):
                 self._steps[key] = dry_run.step(model, run.batch, run.length, **options)
         return self._steps[key]
@@ -119,9 +132,10 @@ class Planner:
             ValueError: an optimizer whose states are not known; dry_run.Unsupported.
         """
         _, sizes = self.model(run)
-        states, _ = footprint.optimizer_bytes(run.optim, sizes.trained)
+        states = optimizers.state_bytes(run.optim, sizes.trained, run.bf16_weights == "exact_master")
         resident = sizes.weights + sizes.adapters + states
-        gradients = footprint.gradient_bytes(sizes.trained)
+        standing = optimizers.standing_bytes if run.optimizer_in_backward else footprint.gradient_bytes
+        gradients = standing(sizes.trained)
         return footprint.Footprint(resident, gradients, states, self.step(run, kept).peak)
 
     def layer_sizes(self, run: Run) -> list[int]:
@@ -276,8 +290,9 @@ def show(plan: dict[str, Any]) -> None:
     run, total, fits = plan["run"], plan["gpu_bytes"], plan["fits"]
     settings = f"{run['method']}, {run['batch']} x {run['length']:,} tokens, {run['dtype']}, {run['optim']}, "
     settings += "with checkpointing" if run["checkpointing"] else "without checkpointing"
-    if run["memory"] != "auto":
-        settings += f", memory={run['memory']}"
+    for name, default in (("memory", "auto"), ("bf16_weights", "as_is"), ("optimizer_in_backward", False)):
+        if run[name] != default:
+            settings += f", {name}={run[name]}"
     if run["method"] != "full":
         settings += f", rank {run['rank']}"
     table = Table(title=f"{plan['model']}: {settings}", title_justify="left")
@@ -345,8 +360,12 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def run(model: str, gpu: str, training: Run, *, as_json: bool = False, picture: Path | None = None) -> int:
-    """Prints the plan, and draws it; returns 0 if the run fits, 1 if it does not, 2 if there is none."""
+def run(model: str, gpu: str, settings: dict[str, Any], *, as_json: bool = False, picture: Path | None = None) -> int:
+    """Prints the plan of a Run, and draws it; returns 0 if the run fits, 1 if it does not, 2 if there is none.
+
+    Args:
+        settings: what a Run is made of.
+    """
     from transformers.utils import logging as transformers_logging
 
     # They speak of kernels and settings of a training that does not happen here.
@@ -354,7 +373,7 @@ def run(model: str, gpu: str, training: Run, *, as_json: bool = False, picture: 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     try:
-        planner = Planner(load_config(model))
+        training, planner = Run(**settings), Planner(load_config(model))
         plan = describe(planner, training, memory.budget_bytes(gpu, 0))
         if picture is not None:
             plot(planner, training, plan, picture)

@@ -461,7 +461,7 @@ def _update_8bit_kernel(
     scale1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 4)
     scale2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 6)
 
-    finite = tl.abs(grad) < float("inf")
+    finite = mask & (tl.abs(grad) < float("inf"))
     m = tl.gather(tl.load(map1_ptr + value), code1, 0)
     v = tl.gather(tl.load(map2_ptr + value), code2, 0)
     m = tl.fma(m, _of_elements(scale1, CHUNK), tl.load(factors + 5) * grad)

@@ -84,6 +84,39 @@ def test_predicts_what_was_measured(planners, name, choice, gpu, measured, toler
     assert peak / GIB == pytest.approx(measured, rel=tolerance)
 
 
+def test_steps_within_backward_take_what_was_measured(planners):
+    """benchmarks/RESULTS.md, Full fine-tuning: 23.32 GiB."""
+    planner, workload = planners["llama-3.1-8b"], WORKLOADS["llama8b-full"]
+    run = dataclasses.replace(run_of(workload), optimizer_in_backward=True)
+    assert planner.footprint(run, planner.layers_kept(run, H200)).peak / GIB == pytest.approx(23.32, rel=0.01)
+
+
+def test_what_bf16_weights_take():
+    """Remainders are 2 bytes a weight, and make averages of torch 8 bytes instead of 4."""
+    planner = Planner(LlamaConfig(num_hidden_layers=2, vocab_size=1000, hidden_size=512, intermediate_size=1024))
+    run = Run("full", 1, 64, optim="adamw_torch")
+    weights = sum(each.elements for each in planner.model(run)[1].trained)
+    as_is, exact, chance = (
+        planner.footprint(dataclasses.replace(run, bf16_weights=choice)).resident
+        for choice in ("as_is", "exact_master", "stochastic_rounding")
+    )
+    assert exact - as_is == 6 * weights
+    assert chance == as_is
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"bf16_weights": "exact_master", "dtype": "float32"}, "needs --dtype bfloat16"),
+        ({"bf16_weights": "stochastic_rounding", "optim": "lion_8bit"}, "an AdamW"),
+        ({"optimizer_in_backward": True, "optim": "lion_8bit"}, "an AdamW or sgd"),
+    ],
+)
+def test_options_that_a_run_could_not_have(options, told):
+    with pytest.raises(ValueError, match=told):
+        Run("full", 1, 64, **options)
+
+
 def test_trained_layers_keep_less_than_was_measured():
     """Not the outputs of both norms, of Llama-1B; and no second gradient of the head while the first is rounded."""
     run = run_of(WORKLOADS["llama1b-full"])

@@ -266,6 +266,19 @@ def test_8bit_follows_the_formula(device, dtype, decay_last):
             assert bool((taken <= best + 1e-6 * x.abs() + 3e-7).all())
 
 
+def test_8bit_blocks_end_with_their_tensor(device):
+    """What lies behind the end of a tensor has no part in the absmax of its last block."""
+    maps = bitsandbytes_maps(device)
+    zero, size = int((maps[0] == 0).nonzero()), 300
+    param, grad = torch.ones(size, device=device), torch.full((size,), 1e-3, device=device)
+    codes = [torch.full((size,), code, dtype=torch.uint8, device=device) for code in (zero, 0)]
+    blocks = BlockStates(*[[torch.ones(2, device=device)] for _ in range(2)], *maps)
+    tables = MultiTensorAdamW([param], [codes[0]], [codes[1]], [0], blocks=blocks)
+    tables.update([grad], [Rates(1e-3, 0.9, 0.999, 1e-8, 0.0)], [1.0])
+    torch.testing.assert_close(blocks.absmax1[0], torch.full((2,), 1e-4, device=device))
+    torch.testing.assert_close(blocks.absmax2[0], torch.full((2,), 1e-9, device=device), rtol=1e-5, atol=0.0)
+
+
 def test_8bit_blocks_of_zeros(device):
     """LoRA's A has zero gradients until B has moved: absmax 0."""
     case = make_case(device, torch.float32, shapes=[(16, 64)], steps=1)
