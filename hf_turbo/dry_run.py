@@ -466,9 +466,10 @@ def step(
     hooks, waiting = [], list[torch.Tensor]()
 
     def accumulated(tensor: torch.Tensor) -> None:
+        assert tensor.grad is not None
         ledger.move(tensor.grad, "gradients")
         waiting.append(tensor)
-        if bucket is not None and sum(each.grad.nbytes for each in waiting) >= bucket:
+        if bucket is not None and sum(each.nbytes for each in waiting) >= bucket:
             for each in waiting:
                 each.grad = None
             waiting.clear()

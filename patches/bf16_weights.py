@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 import torch
 
+from .engine import once
+
 Choice = Literal["as_is", "exact_master", "stochastic_rounding"]
 
 REMAINDER = "hf_turbo_remainder"
@@ -46,17 +48,12 @@ class Bf16Weights:
 
     def __init__(self, choice: Choice, seed: int, note: Callable[[str], None]):
         self.choice, self.seed = choice, (seed ^ seed >> 31) & 0x7FFFFFFF
-        self._note, self._noted = note, set[str]()
+        self._tell = once(note)
         self._versions: dict[int, int] = {}  # by id of a weight: as the last step left it
         self._counted = choice != "as_is"
         # Of the step that is counted: weights by id, and of each part of it lost updates and all of them.
         self._sampled, self._losses = set[int](), list[torch.Tensor]()
         self._counted_at = 0, 0.0  # its number and its learning rate
-
-    def _tell(self, text: str) -> None:
-        if text not in self._noted:
-            self._noted.add(text)
-            self._note(text)
 
     # ------------------------------------------------------------------------------------------------- exact masters
 

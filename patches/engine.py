@@ -158,6 +158,21 @@ class ClassSwap(Patch):
         return True
 
 
+def once(note: Callable[[str], None]) -> Callable[..., None]:
+    """`note` for what may come up in every step: `tell(text, of=text)` passes a text on if nothing was told of the same
+    before.
+    """
+    told = set[str]()
+
+    def tell(text: str, of: str | None = None) -> None:
+        of = text if of is None else of
+        if of not in told:
+            told.add(of)
+            note(text)
+
+    return tell
+
+
 def revert_all(patches: list[Patch]) -> list[str]:
     """Reverts in reverse order and empties the list; what is to be said of those that something else has changed."""
     notes = []

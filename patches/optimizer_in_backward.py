@@ -27,7 +27,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from . import accelerate, checkpointing, optimizers
-from .engine import Exactness, Finding, Patch, is_live, is_plain, stock_class
+from .engine import Exactness, Finding, Patch, is_live, is_plain, once, stock_class
 from .trainer import gathers_weights, parallelism, step_conflict, watches_gradients
 
 _BY_TENSOR = (AdamW, Adam, SGD)  # and bitsandbytes' AdamW
@@ -46,8 +46,8 @@ class StepInBackward(Patch):
     id = "optimizer:in_backward"
 
     def __init__(self, trainer: Any, optimizer: Optimizer, bucket_bytes: int, note: Callable[[str], None]):
-        self._trainer, self._optimizer, self._bucket_bytes, self._note = trainer, optimizer, bucket_bytes, note
-        self._noted, self._handles = set[str](), list[Any]()
+        self._trainer, self._optimizer, self._bucket_bytes, self._tell = trainer, optimizer, bucket_bytes, once(note)
+        self._handles: list[Any] = []
         self._is_on = False  # in the one backward of a step
         self._waiting: dict[int, torch.Tensor] = {}  # parameters, by id
         self._bytes = 0  # of their gradients
@@ -119,9 +119,7 @@ class StepInBackward(Patch):
         self._step = step
         reason = "backward has options" if kwargs else self._why_not()
         if reason is not None:
-            if reason not in self._noted:
-                self._noted.add(reason)
-                self._note(f"optimizer_in_backward: all gradients stood in step {step + 1} or more: {reason}")
+            self._tell(f"optimizer_in_backward: all gradients stood in step {step + 1} or more: {reason}", of=reason)
             return call(*args, **kwargs)
         self._is_on = True
         try:

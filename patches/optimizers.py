@@ -38,6 +38,7 @@ from .engine import (
     is_live,
     is_plain,
     look_like,
+    once,
     same_name_subclass,
 )
 
@@ -160,8 +161,7 @@ class _Stepper:
     """
 
     def __init__(self, on_cpu: bool, note: Callable[[str], None], weights: Bf16Weights):
-        self.on_cpu, self._note, self.weights = on_cpu, note, weights
-        self._noted: set[str] = set()
+        self.on_cpu, self._tell, self.weights = on_cpu, once(note), weights
         self._plan: _Plan | None = None
 
     def step(self, optimizer: Optimizer, closure: Any) -> bool:
@@ -181,9 +181,7 @@ class _Stepper:
                     f"hf_turbo: bf16_weights={self.weights.choice!r} was asked for but a step of "
                     f"{type(optimizer).__name__} cannot have it: {reason}. Use bf16_weights='as_is' to go on without it"
                 ) from None
-            if reason not in self._noted:
-                self._noted.add(reason)
-                self._note(f"{type(optimizer).__name__}: stock for a step or more: {reason}")
+            self._tell(f"{type(optimizer).__name__}: stock for a step or more: {reason}", of=reason)
             return False
         return True
 

@@ -86,7 +86,6 @@ def test_runs_at_the_end_of_an_import_that_has_begun(tmp_path, monkeypatch):
     [
         ("from transformers import Trainer", "Trainer.train"),
         ("from accelerate import Accelerator", "Accelerator.prepare"),
-        ("import torch; from transformers import Trainer", "Trainer.train"),
     ],
 )
 def test_the_environment_door_works_whatever_is_imported_first(first, owner):
