@@ -80,7 +80,7 @@ BLOCK = 256  # elements that share an absmax
 
 _CHUNK = 2048  # elements per program: 8 per thread, 16 bytes of bfloat16
 _WARPS = 8
-_WARPS_8BIT = 4
+_WARPS_8BIT = 4  # of 16 elements per thread: fewer instructions for what a thread does once
 
 _DECADES = tl.constexpr(7)  # of a map of bitsandbytes
 _SEARCH_SCALE = tl.constexpr(64.0)  # for float16 to hold the slope at the smallest of them
