@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -89,8 +90,6 @@ def positive(text: str) -> int:
 
 def plan(arguments: argparse.Namespace) -> int:
     """`hf-turbo plan`."""
-    import dataclasses
-
     from .plan import Run, run
 
     settings = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Run)}

@@ -468,8 +468,10 @@ def step(
     def accumulated(tensor: torch.Tensor) -> None:
         assert tensor.grad is not None
         ledger.move(tensor.grad, "gradients")
+        if bucket is None:
+            return
         waiting.append(tensor)
-        if bucket is not None and sum(each.nbytes for each in waiting) >= bucket:
+        if sum(each.nbytes for each in waiting) >= bucket:
             for each in waiting:
                 each.grad = None
             waiting.clear()

@@ -177,7 +177,7 @@ def _reference_8bit(
         blocks = torch.nn.functional.pad(state.abs(), (0, -count % BLOCK)).view(-1, BLOCK)
         absmax.copy_(blocks.amax(1))
         scale = absmax.reciprocal().where(absmax >= torch.finfo(torch.float32).tiny, 0.0)
-        codes.copy_(torch.bucketize(state * scale[block], _thresholds(values)[:-1]))
+        codes.copy_(torch.bucketize(state * scale[block], _thresholds(values)))
     return updated.view(param.shape)
 
 
@@ -185,7 +185,7 @@ def _reference_8bit(
 
 
 def _thresholds(values: torch.Tensor) -> torch.Tensor:
-    """float32 [256]: the code of x is the number of these that are less than x."""
+    """float32 [255]: the code of x is the number of these that are less than x."""
     if values.shape != (256,) or values.dtype != torch.float32 or not bool((values[1:] > values[:-1]).all()):
         raise ValueError("the map of an 8-bit state has 256 float32 values in ascending order")
     middle = (values[:-1] + values[1:]) * 0.5
@@ -195,14 +195,14 @@ def _thresholds(values: torch.Tensor) -> torch.Tensor:
     zero = (values == 0).nonzero().flatten()
     if len(zero) and zero > 0:
         middle[zero - 1] = -torch.finfo(torch.float32).tiny  # negative x are not zero, however near
-    return torch.cat([middle, middle.new_full((1,), math.inf)])
+    return middle
 
 
 def _search_table(values: torch.Tensor, signed: bool) -> torch.Tensor:
-    """float32 [256], on the device of `values`: -inf, then the thresholds but for the last, times _SEARCH_SCALE.
+    """float32 [256], on the device of `values`: -inf, then the thresholds times _SEARCH_SCALE.
     `values` has to be a map in which `_nearest_code` finds its way.
     """
-    ends = _thresholds(values.cpu())[:-1]
+    ends = _thresholds(values.cpu())
     items = 1 if signed else 2
     for side in (ends[ends > 0].double(), -ends[ends < 0].flip(0).double()):
         lines = [items * (2.0**i * (10.0 ** (6 - i) * side + 0.8) / 0.9 - 1.0) for i in range(_DECADES.value)]

@@ -78,17 +78,20 @@ def tiny(folder: Path) -> list[str]:
     return ["--cpu", "--steps", "5", "--model", str(folder / "model"), "--dataset", str(folder / "dialogues.jsonl")]
 
 
-def test_plain_trainer_example(folder: Path, tmp_path: Path) -> None:
-    """examples/trainer_full.py runs alone; sft_lora.py does in the tests below."""
+@pytest.mark.parametrize(
+    ("script", "saved"), [("trainer_full.py", "model.safetensors"), ("sft_lora.py", "adapter_model.safetensors")]
+)
+def test_examples_run_alone(script: str, saved: str, folder: Path, tmp_path: Path) -> None:
+    """And sft_qlora.py does in a test below."""
     arguments = ["--model", folder / "model", "--dataset", folder / "dialogues.jsonl", "--output-dir", tmp_path / "out"]
     sizes = ["--cpu", "--dtype", "float32", "--max-steps", "2", "--batch-size", "2", "--max-length", "32"]
-    command = [sys.executable, str(ROOT / "examples" / "trainer_full.py"), *map(str, arguments), *sizes]
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments), *sizes]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "huggingface")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
     assert sum("loss" in entry for entry in history) == 2
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / saved).exists()
 
 
 # Leaves what the run before left, one loss a line.
