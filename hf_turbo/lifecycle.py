@@ -711,9 +711,10 @@ def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
             if training.has_patched("merging", model):
                 plan = activation.passes(model, training.agreement, deepspeed.overwrites_gradients(trainer))
             anchored = deepspeed.needs_gradients(trainer)
-            padding.batches_fetched(model, batches, plan, training.agreement is not None, references, anchored)
+            is_collective = training.agreement is not None
+            known = padding.batches_fetched(model, batches, plan, is_collective, references, anchored)
             if training.meter is not None:
-                training.meter.count(batches)
+                training.meter.count(batches, [None if each is None else each.lengths for each in known])
 
 
 def _model_prepared(model: nn.Module) -> None:

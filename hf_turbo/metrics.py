@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -114,30 +115,39 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, device: torch.device):
         self._device, self._peak = device, peak_flops(device)
-        self._counts: torch.Tensor | None = None  # tokens, pairs
+        self._tokens = self._pairs = 0
+        self._counts: torch.Tensor | None = None  # tokens and pairs that the device alone knows
         self._flops: tuple[float, float | None] | None = None  # per token, per pair
         self._since: float | None = None
         self.retried_steps = 0
         self.before_log: Callable[[], None] | None = None
 
-    def count(self, batches: list[Any]) -> None:
-        """Adds the micro-batches of one optimizer step: real tokens, and causal pairs within documents."""
+    def count(self, batches: list[Any], lengths: list[list[int] | None]) -> None:
+        """Adds the micro-batches of one optimizer step: real tokens, and causal pairs within documents.
+
+        Args:
+            lengths: in tokens, of the documents of those that are known; may be shorter than `batches`.
+        """
         if self._since is None:
             self._since = time.perf_counter()
-        for batch in batches:
+        for batch, known in zip_longest(batches, lengths):
+            if known is not None:
+                self._tokens += sum(known)
+                self._pairs += sum(length * (length + 1) // 2 for length in known)
+                continue
             if not hasattr(batch, "get"):
                 continue
             mask, ids, positions = (batch.get(key) for key in ("attention_mask", "input_ids", "position_ids"))
             if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-                lengths = mask.sum(-1)
+                rows = mask.sum(-1)
             elif isinstance(ids, torch.Tensor):
-                lengths = ids.new_full((ids.shape[0],), ids.shape[-1])
+                rows = ids.new_full((ids.shape[0],), ids.shape[-1])
             else:
                 continue
             if mask is None and isinstance(positions, torch.Tensor):
-                counts = torch.stack([lengths.sum(), (positions + 1).sum()])
+                counts = torch.stack([rows.sum(), (positions + 1).sum()])
             else:
-                counts = torch.stack([lengths, lengths * (lengths + 1) // 2]).sum(-1)
+                counts = torch.stack([rows, rows * (rows + 1) // 2]).sum(-1)
             self._counts = counts if self._counts is None else self._counts + counts
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -145,7 +155,8 @@ class MetricsCallback(TrainerCallback):
             return
         if self.before_log is not None:
             self.before_log()
-        tokens, pairs = (0, 0) if self._counts is None else self._counts.tolist()
+        more = (0, 0) if self._counts is None else self._counts.tolist()
+        tokens, pairs = self._tokens + more[0], self._pairs + more[1]
         now = time.perf_counter()
         seconds = now - self._since
         figures = {"turbo/tokens_per_second": tokens / seconds, "turbo/peak_memory_gib": _peak_memory_gib(self._device)}
@@ -158,7 +169,7 @@ class MetricsCallback(TrainerCallback):
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
-        self._counts, self._since = None, now
+        self._tokens, self._pairs, self._counts, self._since = 0, 0, None, now
 
     def _mfu(self, model: Any, tokens: int, pairs: int, seconds: float) -> float | None:
         if self._peak is None or model is None:

@@ -156,6 +156,18 @@ def _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP: tl.
 
 
 @triton.jit
+def _load_kernel(row_ptr, start, n_cols, WIDE: tl.constexpr, LANES: tl.constexpr, FULL: tl.constexpr):
+    """Columns [start, start + LANES * WIDE) of a row as [LANES, WIDE], each lane's next to each other, and their
+    numbers; -inf behind the end."""
+    cols = start + tl.arange(0, LANES)[:, None] * WIDE + tl.arange(0, WIDE)[None, :]
+    if FULL:
+        y = tl.load(row_ptr + cols).to(tl.float32)
+    else:
+        y = tl.load(row_ptr + cols, mask=cols < n_cols, other=-float("inf")).to(tl.float32)
+    return y, cols
+
+
+@triton.jit
 def _statistics_kernel(
     logits_ptr,
     logits_stride,
@@ -167,78 +179,112 @@ def _statistics_kernel(
     softcap,
     inv_temperature,
     grad_scale,
+    HAS_TRANSFORM: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_GRAD: tl.constexpr,
     HAS_ENTROPY: tl.constexpr,
     HAS_SQ_PROBS: tl.constexpr,
     HAS_MEAN: tl.constexpr,
     HAS_TOP1: tl.constexpr,
-    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    # One program per row. The second pass finds the row in L2: the rows of 132 SMs fit in the 60 MB of an H200.
-    # Only the maximum is reduced across threads in the loop; sums are kept per thread until the end.
+    # One program per row, and few rows at a time, so that the second pass finds the row in L2. A thread keeps maxima
+    # and sums of its own lanes until the end: nothing is reduced across threads within the loop.
+    LOG2E: tl.constexpr = 1.4426950408889634
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
     target = tl.load(targets_ptr + row)
-    m = -float("inf")
-    safe_m_before = 0.0
-    exps = tl.zeros((BLOCK,), tl.float32)
-    weighted = tl.zeros((BLOCK,), tl.float32)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    before = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(0, n_cols, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        mask = cols < n_cols
-        y = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-        z, _ = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    y_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < n_cols), other=0.0).to(tl.float32)
+    z_target, slope_target = y_target, 1.0
+    if HAS_TRANSFORM:
+        z_target, slope_target = _transform_kernel(y_target, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+    m = tl.full((LANES,), -float("inf"), tl.float32)
+    safe_before = tl.zeros((LANES,), tl.float32)
+    exps = tl.zeros((LANES,), tl.float32)
+    weighted = tl.zeros((LANES,), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    total = tl.zeros((LANES,), tl.float32)
+    before = tl.full((LANES,), -float("inf"), tl.float32)
+    for start in range(0, n_cols, LANES * WIDE):
+        end = start + LANES * WIDE
+        if end <= n_cols:
+            y, cols = _load_kernel(row_ptr, start, n_cols, WIDE, LANES, True)
+        else:
+            y, cols = _load_kernel(row_ptr, start, n_cols, WIDE, LANES, False)
+        z = y
+        if HAS_TRANSFORM:
+            z, _ = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+            if end > n_cols:
+                z = tl.where(cols < n_cols, z, -float("inf"))
         if HAS_MEAN:
-            total += tl.where(mask, z, 0.0)
-        z = tl.where(mask, z, -float("inf"))
-        new_m = tl.maximum(m, tl.max(z, axis=0))
-        # A block of -inf alone must not make (-inf) - (-inf).
-        safe_m = tl.where(new_m == -float("inf"), 0.0, new_m)
-        rescale = tl.exp(m - safe_m)
-        e = tl.exp(z - safe_m)
-        if HAS_ENTROPY:
-            # Sum of e * (z - m), all of one sign: the entropy comes without cancellation.
-            weighted = (weighted + exps * (safe_m_before - safe_m)) * rescale
-            weighted += tl.where(z == -float("inf"), 0.0, e * (z - safe_m))
-        exps = exps * rescale + e
-        if HAS_SQ_PROBS:
-            squares = squares * (rescale * rescale) + e * e
+            total += tl.sum(tl.where(cols < n_cols, z, 0.0), axis=1)
+        highest = tl.max(z, axis=1)
         if HAS_TOP1:
             # `argmax` returns the first maximum: a tie with an earlier token is not a top-1 prediction.
-            before = tl.maximum(before, tl.where(cols < target, z, -float("inf")))
+            if end <= target:
+                before = tl.maximum(before, highest)
+            elif start < target:
+                before = tl.maximum(before, tl.max(tl.where(cols < target, z, -float("inf")), axis=1))
+        new_m = tl.maximum(m, highest)
+        # Lanes of -inf alone must not make (-inf) - (-inf).
+        safe = tl.where(new_m == -float("inf"), 0.0, new_m)
+        rescale = tl.exp2((m - safe) * LOG2E)
+        shifted = z - safe[:, None]
+        e = tl.exp2(shifted * LOG2E)
+        if HAS_ENTROPY:
+            # Sum of e * (z - m), all of one sign: the entropy comes without cancellation. A logit of -inf adds nothing.
+            weighted = (weighted + exps * (safe_before - safe)) * rescale
+            weighted += tl.sum(e * tl.maximum(shifted, -1e30), axis=1)
+        exps = exps * rescale + tl.sum(e, axis=1)
+        if HAS_SQ_PROBS:
+            squares = squares * (rescale * rescale) + tl.sum(e * e, axis=1)
         m = new_m
-        safe_m_before = safe_m
-    s = tl.sum(exps, axis=0)
+        safe_before = safe
+    # The lanes together.
+    top = tl.max(m, axis=0)
+    safe_top = tl.where(top == -float("inf"), 0.0, top)
+    rescale = tl.exp2((m - safe_top) * LOG2E)
+    if HAS_ENTROPY:
+        weighted = tl.sum((weighted + exps * (safe_before - safe_top)) * rescale, axis=0)
+    s = tl.sum(exps * rescale, axis=0)
     log_s = tl.log(s)
-    y_target = tl.load(row_ptr + target, mask=(target >= 0) & (target < n_cols), other=0.0).to(tl.float32)
-    z_target, _ = _transform_kernel(y_target, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-    tl.store(stats_ptr + row, z_target - m - log_s)
-    tl.store(stats_ptr + n_rows + row, m)
+    tl.store(stats_ptr + row, z_target - top - log_s)
+    tl.store(stats_ptr + n_rows + row, top)
     tl.store(stats_ptr + 2 * n_rows + row, log_s)
     if HAS_ENTROPY:
-        tl.store(stats_ptr + 3 * n_rows + row, log_s - tl.sum(weighted, axis=0) / s)
+        tl.store(stats_ptr + 3 * n_rows + row, log_s - weighted / s)
     if HAS_SQ_PROBS:
-        tl.store(stats_ptr + 4 * n_rows + row, tl.log(tl.sum(squares, axis=0)) - 2.0 * log_s)
+        tl.store(stats_ptr + 4 * n_rows + row, tl.log(tl.sum(squares * (rescale * rescale), axis=0)) - 2.0 * log_s)
     if HAS_MEAN:
         tl.store(stats_ptr + 5 * n_rows + row, tl.sum(total, axis=0) / n_cols)
     if HAS_TOP1:
-        is_top1 = (z_target >= m) & (z_target > tl.max(before, axis=0))
+        is_top1 = (z_target >= top) & (z_target > tl.max(before, axis=0))
         tl.store(stats_ptr + 6 * n_rows + row, is_top1.to(tl.float32))
     if HAS_GRAD:
         # Every thread must have read the target's logit before any overwrites it.
         tl.debug_barrier()
-        for start in range(0, n_cols, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            mask = cols < n_cols
-            y = tl.load(row_ptr + cols, mask=mask, other=0.0).to(tl.float32)
-            z, slope = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
-            grad = tl.where(cols == target, 1.0, 0.0) - tl.exp(z - m - log_s)
-            grad = grad * slope * grad_scale
-            tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=mask)
+        shift = log_s * LOG2E
+        for start in range(0, n_cols, LANES * WIDE):
+            if start + LANES * WIDE <= n_cols:
+                y, cols = _load_kernel(row_ptr, start, n_cols, WIDE, LANES, True)
+            else:
+                y, cols = _load_kernel(row_ptr, start, n_cols, WIDE, LANES, False)
+            z = y
+            factor = grad_scale
+            if HAS_TRANSFORM:
+                z, slope = _transform_kernel(y, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+                factor = slope * grad_scale
+            grad = -tl.exp2((z - top) * LOG2E - shift) * factor
+            if start + LANES * WIDE <= n_cols:
+                tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty))
+            else:
+                tl.store(row_ptr + cols, grad.to(logits_ptr.dtype.element_ty), mask=cols < n_cols)
+        # The target's own, over what all columns have got.
+        tl.debug_barrier()
+        grad = (1.0 - tl.exp2((z_target - top) * LOG2E - shift)) * slope_target * grad_scale
+        in_range = (target >= 0) & (target < n_cols)
+        tl.store(row_ptr + target, grad.to(logits_ptr.dtype.element_ty), mask=in_range)
 
 
 @triton.jit
@@ -275,10 +321,12 @@ def _gradient_kernel(
 
 
 @triton.jit
-def _scaled_cast_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < n
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0) * tl.load(factor_ptr)
+def _scaled_cast_kernel(x_ptr, factors_ptr, out_ptr, width, blocks_of_row, BLOCK: tl.constexpr):
+    row = tl.program_id(0) // blocks_of_row
+    cols = (tl.program_id(0) % blocks_of_row).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = cols < width
+    offsets = row.to(tl.int64) * width + cols
+    x = tl.load(x_ptr + offsets, mask=mask, other=0.0) * tl.load(factors_ptr + row)
     tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -287,6 +335,17 @@ def _scaled_cast_kernel(x_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Columns next to each other that a thread keeps a maximum and sums of: as many as a 16-byte load has in 16 bits.
+_WIDE = 8
+_MOST_COLUMNS, _COLUMNS_OF_WARP = 8192, 512
+
+
+def _tile(n_cols: int) -> tuple[int, int]:
+    """Columns per step of the statistics, and warps."""
+    block = min(_MOST_COLUMNS, triton.next_power_of_2(max(n_cols, 4 * _WIDE)))
+    return block, max(1, block // _COLUMNS_OF_WARP)
 
 
 def _block(n_cols: int) -> tuple[int, int]:
@@ -313,7 +372,7 @@ def _statistics_impl(
         return _statistics_reference(logits, targets, transform, grad_scale, extras)
     n_rows, n_cols = logits.shape
     stats = logits.new_empty((_STATISTICS, n_rows), dtype=torch.float32)
-    block, warps = _block(n_cols)
+    block, warps = _tile(n_cols)
     launch(
         _statistics_kernel,
         (n_rows,),
@@ -328,13 +387,15 @@ def _statistics_impl(
         softcap,
         inv_temperature,
         grad_scale,
+        HAS_TRANSFORM=transform != LogitTransform(),
         HAS_SOFTCAP=softcap != 0.0,
         HAS_GRAD=grad_scale != 0.0,
         HAS_ENTROPY=bool(extras & _bit("entropy")),
         HAS_SQ_PROBS=bool(extras & _bit("log_sum_sq_probs")),
         HAS_MEAN=bool(extras & _bit("mean_logits")),
         HAS_TOP1=bool(extras & _bit("is_top1")),
-        BLOCK=block,
+        WIDE=_WIDE,
+        LANES=max(block // _WIDE, 1),
         num_warps=warps,
     )
     return stats
@@ -401,19 +462,21 @@ _gradient = register_op(
 )
 
 
-def _scaled_cast_impl(x: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if not use_triton(x) or not x.is_contiguous():
-        return (x * factor).to(dtype)
-    out = torch.empty_like(x, dtype=dtype)
+def _scaled_cast_impl(x: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
+    if not use_triton(x) or not x.is_contiguous() or not out.is_contiguous():
+        out.copy_(x * factors[:, None])
+        return
+    if not x.numel():
+        return
+    rows, width = x.shape
     block = 2048
-    launch(_scaled_cast_kernel, (cdiv(x.numel(), block),), x.device, x, factor, out, x.numel(), BLOCK=block)
-    return out
+    blocks = cdiv(width, block)
+    launch(_scaled_cast_kernel, (rows * blocks,), x.device, x, factors, out, width, blocks, BLOCK=block)
 
 
+# Fills `out` with x [rows, width] times one factor per row, rounded once.
 _scaled_cast = register_op(
-    "scaled_cast(Tensor x, Tensor factor, ScalarType dtype) -> Tensor",
-    _scaled_cast_impl,
-    lambda x, factor, dtype: torch.empty_like(x, dtype=dtype),
+    "scaled_cast_(Tensor x, Tensor factors, Tensor(a!) out) -> ()", _scaled_cast_impl, lambda *_: None
 )
 
 
@@ -430,18 +493,24 @@ def _parts_of(weight: torch.Tensor, dtype: torch.dtype) -> list[slice]:
 
 def _narrow(parts: list[torch.Tensor], factor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The parts, which are emptied, times `factor`, rounded once, in the memory of the first."""
-    first = parts.pop(0).view(-1)
-    out = first.view(like.dtype)[: like.numel()]
-    for start in range(0, first.numel(), _AT_A_TIME):
-        # What is written over has been read, by this turn or an earlier one.
-        piece = first[start : start + _AT_A_TIME]
-        out[start : start + piece.numel()] = _scaled_cast(piece, factor, like.dtype)
-    done = first.numel()
+    factors = factor.view(1)
+    first = parts.pop(0).view(1, -1)
+    out = first.view(like.dtype)[:, : like.numel()]
+    # What is written over must have been read. Of 16 bits, as many elements as lie before fit where these have been;
+    # the very first ones go through a tensor of their own.
+    done = min(_AT_A_TIME, first.numel())
+    piece = first.new_empty(1, done, dtype=like.dtype)
+    _scaled_cast(first[:, :done], factors, piece)
+    out[:, :done] = piece
+    del piece
+    while done < first.numel():
+        stop = min(2 * done, first.numel())
+        _scaled_cast(first[:, done:stop], factors, out[:, done:stop])
+        done = stop
     while parts:
-        rest = parts.pop(0).view(-1)
-        for piece in rest.split(_AT_A_TIME):
-            out[done : done + piece.numel()] = _scaled_cast(piece, factor, like.dtype)
-            done += piece.numel()
+        rest = parts.pop(0).view(1, -1)
+        _scaled_cast(rest, factors, out[:, done : done + rest.numel()])
+        done += rest.numel()
     return out.view(like.shape)
 
 
@@ -613,7 +682,7 @@ class _LinearLogProb(torch.autograd.Function):
             upstream = grad_log_prob.to(top.dtype) * (1.0 / ctx.grad_scale)
             shared = upstream[:1].squeeze(0) if len(upstream) else upstream.new_zeros(())
             return (
-                (grad_hidden * upstream[:, None]).to(hidden.dtype) if needs[0] else None,
+                _row_scaled(grad_hidden, upstream, hidden) if needs[0] else None,
                 _left_with(ctx.tie, _weight_gradient(sums[0], shared, weight)) if needs[1] else None,
                 _scaled(sums[1], shared, bias) if needs[2] else None,
                 *nothing[3:],
@@ -662,7 +731,16 @@ def _scaled(total: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor
         return torch.zeros_like(like)
     if total.dtype == like.dtype:
         return total.mul_(factor)
-    return _scaled_cast(total, factor, like.dtype)
+    out = torch.empty_like(like)
+    _scaled_cast(total.view(1, -1), factor.view(1), out.view(1, -1))
+    return out
+
+
+def _row_scaled(rows: torch.Tensor, factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """rows [N, H] times one factor each, in the dtype of `like`, rounded once. `rows` are kept for a second backward."""
+    out = torch.empty_like(rows, dtype=like.dtype)
+    _scaled_cast(rows, factors.contiguous(), out)
+    return out
 
 
 def _left_with(tie: Tie | None, gradient: torch.Tensor) -> torch.Tensor | None:

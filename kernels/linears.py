@@ -7,9 +7,8 @@ before they round, where autograd rounds each product and then each sum, in pass
 output of a norm, it is not saved: backward makes it again, bit for bit, from what the norm has saved anyway (`Source`),
 in one pass of memory.
 
-Under autocast autograd would add the terms of dy in the dtype of the wide y, each rounded to 16 bits: here they are
-summed in float32 and rounded once (`wide`).
-
+Where stock's y is float32 under autocast, autograd would add the terms of dy in float32, each rounded to 16 bits: here
+they are summed in float32 and rounded once (`wide`).
 Shapes: y [..., K], W_i [N_i, K], b_i [N_i] or None, out_i [..., N_i]. Dtypes: those of F.linear, all of one.
 
 Floor, for T rows of 2-byte elements: the products, 2*T*K*N_i operations each in forward, for dy and for dW_i; y made

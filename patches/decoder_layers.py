@@ -27,7 +27,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from hf_turbo.kernels.add_rms_norm import add_rms_norm
+from hf_turbo.kernels.add_rms_norm import add_rms_norm, dtype_of
 from hf_turbo.kernels.linears import Source
 from torch import nn
 
@@ -147,9 +147,10 @@ def _add_and_norm(
     ):
         h = residual if branch is None else residual + branch
         return h, norm(h)
-    dtype = None
+    h_dtype = residual.dtype if branch is None else torch.promote_types(residual.dtype, branch.dtype)
+    dtype = dtype_of(h_dtype, weight, understood.round_before_weight)
     low = linears.autocast_dtype(residual.device)
-    if low is not None and residual.dtype != torch.float64 and _only_linears_read(reader):
+    if low not in (None, dtype) and residual.dtype != torch.float64 and _only_linears_read(reader):
         dtype = low
     h, y = add_rms_norm(residual, branch, weight, understood, dtype)
     if y.requires_grad:

@@ -251,7 +251,12 @@ def is_swapped(module: nn.Module) -> bool:
 
 def stock_class(module: nn.Module) -> type:
     """The class of a module, ours looked through."""
-    return _ours_of(type(module))[1]
+    return _stock_of(type(module))
+
+
+@functools.cache
+def _stock_of(cls: type) -> type:
+    return _ours_of(cls)[1]
 
 
 def has_forward(module: nn.Module, make_forward: MakeForward) -> bool:
@@ -286,10 +291,13 @@ def _stack(cls: type, differences: list[_Difference]) -> type:
 
 def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether all are ordinary tensors with data: no DTensor, no quantized subclass, no ZeRO-3 partition."""
-    return all(
-        tensor is None or (type(tensor) in (torch.Tensor, nn.Parameter) and not hasattr(tensor, "ds_id"))
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or hasattr(tensor, "ds_id")):
+            return False
+    return True
+
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from hf_turbo.kernels._launch import device_kind
 from hf_turbo.kernels._weights import cast_weight
+from hf_turbo.kernels.add_rms_norm import dtype_of
 from hf_turbo.kernels.linears import Source, linears
 from torch import nn
 
@@ -98,7 +99,16 @@ def compute(modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ..
         return None
     weights = [cast_weight(weight, dtype) for weight, _ in parameters]
     biases = [None if bias is None else bias.to(dtype) for _, bias in parameters]
-    return linears(y if y.dtype == dtype else y.to(dtype), weights, biases, source, wide=low is not None)
+    wide = low is not None and _dtype_in_stock(y, source) != dtype
+    return linears(y if y.dtype == dtype else y.to(dtype), weights, biases, source, wide)
+
+
+def _dtype_in_stock(y: torch.Tensor, source: Source | None) -> torch.dtype:
+    """Of y as stock has it, in which autograd adds the gradients that y gets from several layers. A norm that only
+    linear layers read gives them what autocast would make of it (decoder_layers.py)."""
+    if source is None:
+        return y.dtype
+    return dtype_of(source.h.dtype, source.weight, source.norm.round_before_weight)
 
 
 def of_mlp(mlp: nn.Module, modules: tuple[Any, ...], y: torch.Tensor) -> tuple[torch.Tensor, ...] | None:

@@ -9,6 +9,7 @@ leads through the backbone for all. Whatever the loss is, the gradient is the sa
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -29,7 +30,7 @@ class MicroBatch:
         lengths: of its documents in tokens, in order.
         index: [tokens] of the real tokens among `rows * columns`; None where all are.
         padding: [rows * columns - tokens] of the others; None where there are none.
-        positions: [tokens].
+        device: of these.
         inputs: the tensors that the script will call the model with, by name; empty where it has called it already.
     """
 
@@ -45,25 +46,31 @@ class MicroBatch:
         self.rows, self.columns = shape
         self.inputs = {} if inputs is None else inputs
         self._versions = {name: each._version for name, each in self.inputs.items()}
-        self.index = self.padding = None
-        positions = torch.arange(self.columns)[None] if position_ids is None else position_ids
-        positions = positions.expand(shape).flatten()
+        self.device, self._position_ids = device, position_ids
+        self.index: torch.Tensor | None = None
+        self.padding: torch.Tensor | None = None
+        self._real: torch.Tensor | None = None  # `index` on the CPU
         if mask is not None:
             real = mask != 0
             self.lengths: list[int] = real.sum(1).tolist()
             if self.tokens < self.rows * self.columns:
                 real = real.flatten()
-                index = real.nonzero().flatten()
-                positions = positions[index]
-                self.index = index.to(device, non_blocking=True)
+                self._real = real.nonzero().flatten()
+                self.index = self._real.to(device, non_blocking=True)
                 self.padding = (~real).nonzero().flatten().to(device, non_blocking=True)
         elif position_ids is not None and self.rows == 1:
             # As stock finds the documents of a packed row: where positions do not go on.
-            starts = (positions.diff() != 1).nonzero().flatten() + 1
+            starts = (position_ids.flatten().diff() != 1).nonzero().flatten() + 1
             self.lengths = [end - start for start, end in pairwise([0, *starts.tolist(), self.columns])]
         else:
             self.lengths = [self.columns] * self.rows
-        self.positions = positions.to(device, non_blocking=True)
+
+    @functools.cached_property
+    def positions(self) -> torch.Tensor:
+        """[tokens] on the device; not asked for where stock computes the micro-batch."""
+        positions = torch.arange(self.columns)[None] if self._position_ids is None else self._position_ids
+        positions = positions.expand(self.rows, self.columns).flatten()
+        return (positions if self._real is None else positions[self._real]).to(self.device, non_blocking=True)
 
     @property
     def tokens(self) -> int:
@@ -137,7 +144,7 @@ class Pass:
 
     @property
     def device(self) -> torch.device:
-        return self.micro_batches[0].positions.device
+        return self.micro_batches[0].device
 
     @property
     def tokens(self) -> int:

@@ -519,7 +519,7 @@ def batches_fetched(
     is_collective: bool = False,
     references: Sequence[nn.Module] = (),
     is_anchored: bool = False,
-) -> None:
+) -> list[MicroBatch | None]:
     """Looks at the micro-batches of the next step.
 
     Args:
@@ -527,13 +527,17 @@ def batches_fetched(
         is_collective: whether every process has to compute the same passes, since they gather weights for each other.
         references: models that are asked for the same micro-batches without gradients.
         is_anchored: whether the backward of every micro-batch has to come to a parameter.
+
+    Returns:
+        What is known of them; nothing where no backbone of the model is patched.
     """
     states = _states(model)
     others = [state for reference in references for state in _states(reference)]
     if not (states or others):
-        return
+        return []
     micro_batches = [foresee(batch) for batch in batches]
-    skip = any(map(labels_on_padding, batches))
+    may_pad = (each is None or each.padding is not None for each in micro_batches)
+    skip = any(labels_on_padding(batch) for batch, may in zip(batches, may_pad, strict=True) if may)
     reason = next((state.reason for state in states if state.reason), "")
     for state in others:
         state.reason = state.reason or reason
@@ -564,6 +568,7 @@ def batches_fetched(
             anchor = state.smallest_trained() if is_anchored else None
             passes = [Pass([next(rest) for _ in range(n)], state.gradient_at_padding, anchor) for n in counts]
             state.step = Step(passes, is_collective)
+    return micro_batches
 
 
 def begin_again(models: list[nn.Module]) -> list[str]:

@@ -333,12 +333,12 @@ def test_ops_are_well_formed(device):
     ops = torch.ops.hf_turbo
     logits = randn(4, 11, device=device, dtype=torch.float32)
     targets = torch.tensor([0, 3, 10, 5], device=device)
-    ones, factor = torch.ones(4, device=device), torch.tensor(2.0, device=device)
+    ones, out = torch.ones(4, device=device), torch.empty(4, 11, device=device, dtype=torch.bfloat16)
     transform = (0.5, 3.0, 1.0)
     arguments = {
         ops.head_statistics_.default: (logits.clone(), targets, *transform, 1.0, 15),
         ops.head_gradient_.default: (logits.clone(), targets, ones, ones, ones, ones, None, *transform),
-        ops.scaled_cast.default: (logits, factor, torch.bfloat16),
+        ops.scaled_cast_.default: (logits, ones, out),
     }
     for op, values in arguments.items():
         torch.library.opcheck(op, values, test_utils=("test_schema", "test_faketensor"))

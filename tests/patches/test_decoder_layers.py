@@ -85,7 +85,7 @@ def test_under_autocast_norms_write_what_linear_layers_read(monkeypatch):
     dtypes.clear()
     model.model.layers[0].self_attn.register_forward_pre_hook(lambda *args: None)
     kept_by(model.model.layers[0], x, autocast=True)
-    assert dtypes == [None, torch.bfloat16]
+    assert dtypes == [torch.float32, torch.bfloat16]
 
 
 def test_switched_off(monkeypatch):
@@ -124,6 +124,20 @@ def test_projections_are_one_function(monkeypatch):
         hf_turbo.patch_model(model)
         loss_and_gradients(model, batch())
         assert calls == expected * 2, family
+        hf_turbo.disable()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+def test_gradients_meet_in_the_dtype_that_they_meet_in_in_stock(family, monkeypatch):
+    """Autocast rounds what 32-bit norms put out: autograd adds in 32 bits there, and in 16 behind 16-bit norms."""
+    wide, op = [], linears.linears
+    monkeypatch.setattr(linears, "linears", lambda *args: wide.append(args[-1]) or op(*args))
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model(family, dtype)
+        hf_turbo.patch_model(model)
+        run(model, batch(), autocast=True)
+        assert set(wide) == {dtype == torch.float32}
+        wide.clear()
         hf_turbo.disable()
 
 
