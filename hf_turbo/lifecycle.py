@@ -700,12 +700,13 @@ def _around_fetch(trainer: Any) -> AbstractContextManager[Any]:
 
 
 def _batches_fetched(trainer: Any, batches: list[Any]) -> None:
-    from hf_turbo.patches import deepspeed, padding
+    from hf_turbo.patches import deepspeed, labelled_rows, padding
 
     for activation in _STATE.activations:
         if trainer in activation.training:
             training = activation.training[trainer]
             training.begin_step()
+            labelled_rows.note(batches)
             model, *references = training.models
             plan = None
             if training.has_patched("merging", model):

@@ -609,6 +609,11 @@ class _SelectRows(torch.autograd.Function):
         return grad.new_zeros((ctx.n_rows, *grad.shape[1:])).index_copy_(0, index, grad), None
 
 
+def select_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows [N, H] to [n, H], the rows of `index` [n], which names none twice."""
+    return _SelectRows.apply(rows, index)
+
+
 class _LinearLogProb(torch.autograd.Function):
     """Per-row log-probabilities of the targets, and the optional statistics.
 
@@ -737,7 +742,7 @@ def _scaled(total: torch.Tensor | None, factor: torch.Tensor, like: torch.Tensor
 
 
 def _row_scaled(rows: torch.Tensor, factors: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """rows [N, H] times one factor each, in the dtype of `like`, rounded once. `rows` are kept for a second backward."""
+    """rows [N, H] times one factor each, in the dtype of `like`, rounded once; `rows` stay for a second backward."""
     out = torch.empty_like(rows, dtype=like.dtype)
     _scaled_cast(rows, factors.contiguous(), out)
     return out
@@ -835,6 +840,6 @@ def linear_cross_entropy(
             "Check the tokenizer against the model's vocabulary size"
         )
     transform = LogitTransform(logit_scale, softcap or 0.0, 1.0)
-    selected, targets = _SelectRows.apply(rows, index), labels.index_select(0, index)
+    selected, targets = select_rows(rows, index), labels.index_select(0, index)
     log_prob, *_ = _LinearLogProb.apply(selected, weight, bias, targets, transform, (), True, tie_of(weight))
     return -log_prob.sum() / (len(index) if num_items is None else num_items)

@@ -17,9 +17,9 @@ from hf_turbo.kernels.linear_cross_entropy import OPTIONAL_OUTPUTS, LogitTransfo
 
 from .engine import AttributePatch, Exactness, Finding, Patch, is_live, is_plain
 from .fingerprint import fingerprint
+from .labelled_rows import MODULE, passes_labelled_rows_only, patches_of
 from .trainer import method_of
 
-MODULE = "trl.trainer.utils"
 _NAME = "_ChunkedLogProbFunction"
 _PARAMETERS = (
     "hidden",
@@ -81,7 +81,7 @@ def _replacement(stock: Any) -> type:
                 bias,
                 transform=LogitTransform(logit_scale, final_logit_softcapping or 0.0, 1.0 / temperature),
                 outputs=extras,
-                uniform=_UNIFORM_HEADS.get(id(weight)) is weight and _passes_labelled_rows_only(hidden.device),
+                uniform=_UNIFORM_HEADS.get(id(weight)) is weight and passes_labelled_rows_only(hidden.device),
             )
 
     return ChunkedLogProbFunction
@@ -103,11 +103,6 @@ class _UniformHead(Patch):
     def revert(self) -> bool:
         _UNIFORM_HEADS.pop(self._key, None)
         return True
-
-
-def _passes_labelled_rows_only(device: torch.device) -> bool:
-    use_triton = getattr(sys.modules[MODULE], "_use_triton", None)
-    return use_triton is None or bool(use_triton(device))
 
 
 def _weights_rows_alike(trainer: Any) -> bool:
@@ -136,7 +131,7 @@ def find(trainer: Any) -> Finding:
         finding.patches.append(AttributePatch(f"loss:{MODULE}", module, _NAME, _replacement(stock)))
     head = trainer.model.get_output_embeddings()
     if finding.patched and head is not None and _weights_rows_alike(trainer):
-        finding.patches.append(_UniformHead(head.weight))
+        finding.patches += [_UniformHead(head.weight), *patches_of(trainer.model)]
     return finding
 
 

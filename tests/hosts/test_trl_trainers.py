@@ -10,6 +10,7 @@ On a GPU, TRL hands the head labelled rows alone; 1.16 hands it all rows elsewhe
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 import trl.trainer.utils
 from datasets import Dataset
+from hf_turbo.patches import labelled_rows
 from hf_turbo.patches import trl as trl_patches
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
@@ -32,6 +34,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tests.models import tiny_model
 from tests.training import (
@@ -157,6 +160,44 @@ def test_sft_with_a_trained_head(rows, seam_calls, tmp_path):
     computed for equal rows then counts padding as labels, or vanishes if the first row is masked."""
     compare(make_sft, tmp_path)
     assert_head_gradient_in_forward(rows, seam_calls)
+
+
+@pytest.mark.parametrize("writes", [False, True], ids=["as fetched", "written to since"])
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, lora_dropout=0.0, task_type="CAUSAL_LM")], ids=["full", "lora"])
+def test_labelled_rows_are_found_when_batches_are_fetched(peft, writes, monkeypatch, seam_calls, tmp_path):
+    """Or, of labels that a training step changes, by TRL. No row at all is labelled in one micro-batch of the four."""
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True, raising=False)
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", PlainLogProb)
+    found, op = [], labelled_rows.select_rows
+    monkeypatch.setattr(labelled_rows, "select_rows", lambda *args: found.append(len(args[1])) or op(*args))
+    text = [{"prompt": f"w{i}", "completion": f" w{i + 3} w9"} for i in range(8)]
+
+    class Changing(SFTTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+            if writes:
+                inputs["labels"][0, -1] = -100
+            return super().training_step(model, inputs, *args)
+
+    def make(folder: Path) -> Trainer:
+        batches = itertools.count()
+
+        def collate(rows: Any) -> Any:
+            batch = DataCollatorForLanguageModeling(0)(rows)
+            if next(batches) == 1:
+                batch["labels"][:] = -100
+            return batch
+
+        return Changing(
+            tiny_model("llama", tie_word_embeddings=peft is None),
+            SFTConfig(**arguments(folder, gradient_accumulation_steps=2)),
+            train_dataset=Dataset.from_list(text),
+            processing_class=tokenizer(),
+            data_collator=collate,
+            peft_config=peft,
+        )
+
+    compare(make, tmp_path)
+    assert (0 in found) == bool(found) != writes
 
 
 def test_sft_without_masked_labels(rows, seam_calls, tmp_path):

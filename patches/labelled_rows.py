@@ -1,0 +1,183 @@
+"""Which rows of a micro-batch are labelled, asked of the device once, when its batch is fetched.
+
+The models of TRL's SFTTrainer score labelled rows alone, `hidden_states[labels != -100]`. How many these are only the
+device knows, so the host waits for it: in front of the head, and again in backward, where what was spread over all rows
+is gathered; the device then waits for the host. Here the rows are found where the host waits anyway, between two steps,
+and noted beside the labels. A forward that is given labels without a note, or anything else that is not understood, is
+TRL's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from hf_turbo.kernels.linear_cross_entropy import select_rows
+from torch import nn
+
+from .engine import AttributePatch, Patch, is_live, is_plain, look_like
+
+MODULE = "trl.trainer.utils"
+_IGNORED = -100
+
+# What TRL's forward closes over.
+_OPTIONS = ("temperature", "final_logit_softcapping", "logit_scale", "outputs")
+_CLOSURE = {*_OPTIONS, "backbone_attr", "cast_lm_head_to_fp32", "text_config"}
+
+
+class _Rows(NamedTuple):
+    """Labelled rows of a micro-batch [B, S].
+
+    Attributes:
+        labels: that they are those of. version: of these.
+        index: [n] int64, the rows among B * S that predict a label.
+        targets: [n] int64, the labels that they predict.
+    """
+
+    labels: weakref.ref[torch.Tensor]
+    version: int
+    index: torch.Tensor
+    targets: torch.Tensor
+
+
+# By the id of the labels, as long as they live.
+_NOTES: dict[int, _Rows] = {}
+_PATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def passes_labelled_rows_only(device: torch.device) -> bool:
+    """Whether TRL does; 1.16 does where Triton runs."""
+    use_triton = getattr(sys.modules[MODULE], "_use_triton", None)
+    return use_triton is None or bool(use_triton(device))
+
+
+def note(batches: list[Any]) -> None:
+    """Finds the labelled rows of the micro-batches of the next step, if a model waits for them."""
+    if not _PATCHED:
+        return
+    for batch in batches:
+        labels = batch.get("labels") if hasattr(batch, "get") else None
+        if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or "shift_labels" in batch:
+            continue
+        if not passes_labelled_rows_only(labels.device):
+            continue
+        labelled = labels != _IGNORED
+        labelled[:, :1] = False  # the first of a row is predicted by nothing
+        places = labelled.flatten().nonzero().squeeze(-1)
+        key = id(labels)
+        reference = weakref.ref(labels, lambda _, key=key: _NOTES.pop(key, None))
+        _NOTES[key] = _Rows(reference, labels._version, places - 1, labels.flatten().index_select(0, places))
+
+
+def _noted(labels: Any) -> _Rows | None:
+    rows = _NOTES.get(id(labels))
+    return rows if rows is not None and rows.labels() is labels and rows.version == labels._version else None
+
+
+def _make_forward(stock: Callable[..., Any], closure: dict[str, Any]) -> Callable[..., Any]:
+    trl, text_config = sys.modules[MODULE], closure["text_config"]
+
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Any = None,
+        shift_labels: Any = None,
+        num_items_in_batch: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        rows = _noted(labels) if fused_lm_head and shift_labels is None and is_live() else None
+        head = self.get_output_embeddings()
+        if (
+            rows is None
+            or not is_plain(head.weight, head.bias)
+            or head.weight.device != labels.device
+            or getattr(text_config, "output_router_logits", False)
+            or kwargs.get("output_router_logits")
+        ):
+            of_loss = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            return stock(self, *args, fused_lm_head=fused_lm_head, **of_loss, **kwargs)
+        kwargs["use_cache"] = False
+        hidden_states = getattr(self, closure["backbone_attr"])(*args, **kwargs).last_hidden_state
+        hidden_states = hidden_states.to(head.weight.device).flatten(0, 1)
+        per_token = trl._ChunkedLogProbFunction.apply(
+            select_rows(hidden_states, rows.index),
+            head.weight,
+            head.bias,
+            rows.targets,
+            closure["temperature"],
+            trl._CHUNKED_LOGPROB_CHUNK_SIZE,
+            closure["final_logit_softcapping"],
+            closure["logit_scale"],
+            closure["outputs"],
+        )
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            """[n] to [B, S - 1], zeros elsewhere."""
+            if values is None:
+                return None
+            return values.new_zeros(labels.numel()).index_copy(0, rows.index, values).view(labels.shape)[:, :-1]
+
+        log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = map(spread, per_token)
+        mask = labels[:, 1:] != _IGNORED
+        assert log_probs is not None
+        return trl.FusedCausalLMOutput(
+            loss=-log_probs.sum() / (mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch),
+            log_probs=log_probs,
+            entropy=entropy,
+            log_sum_sq_probs=log_sum_sq_probs,
+            mean_logits=mean_logits,
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+    return forward
+
+
+@cache
+def _forward_code() -> types.CodeType | None:
+    """Of the forward that TRL gives a model."""
+    constants: tuple[Any, ...] = sys.modules[MODULE].add_fused_lm_head.__code__.co_consts
+    codes = [each for each in constants if isinstance(each, types.CodeType) and each.co_name == "_fused_forward"]
+    return codes[0] if len(codes) == 1 else None
+
+
+def _fused_models(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
+    """The models inside one that TRL has given its forward, and that."""
+    for module in model.modules():
+        forward = getattr(vars(module).get("forward"), "__func__", None)
+        if forward is not None and getattr(forward, "__code__", None) is _forward_code():
+            yield module, forward
+
+
+class _ForwardPatch(AttributePatch):
+    """The forward that TRL has set on a model."""
+
+    def __init__(self, model: Any, replacement: Callable[..., Any]):
+        super().__init__("loss:labelled rows", model, "forward", types.MethodType(replacement, model))
+
+    def apply(self) -> None:
+        super().apply()
+        _PATCHED.add(self._owner)
+
+    def revert(self) -> bool:
+        _PATCHED.discard(self._owner)
+        return super().revert()
+
+
+def patches_of(model: nn.Module) -> list[Patch]:
+    """For a model whose trainer is known to pass on labelled rows only."""
+    found: list[Patch] = []
+    for module, forward in _fused_models(model):
+        closure = dict(inspect.getclosurevars(forward).nonlocals)
+        if closure.keys() >= _CLOSURE and not closure["cast_lm_head_to_fp32"]:
+            replacement = _make_forward(forward, closure)
+            look_like(replacement, forward)
+            found.append(_ForwardPatch(module, replacement))
+    return found
