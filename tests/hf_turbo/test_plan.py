@@ -71,6 +71,7 @@ def planners():
 def as_measured(monkeypatch):
     """The build that was measured: the head summed in larger chunks."""
     monkeypatch.setattr(linear_cross_entropy, "_CHUNK_BYTES", {"cuda": 512 << 20})
+    monkeypatch.setattr(linear_cross_entropy, "_TIMES_TRAINED", {})
     monkeypatch.setattr(linear_cross_entropy, "_IN_PLACE_BYTES", 1 << 62)
 
 
@@ -84,8 +85,9 @@ def test_predicts_what_was_measured(planners, name, choice, gpu, measured, toler
     assert peak / GIB == pytest.approx(measured, rel=tolerance)
 
 
-def test_steps_within_backward_take_what_was_measured(planners):
-    """benchmarks/RESULTS.md, Full fine-tuning: 23.32 GiB."""
+def test_steps_within_backward_take_what_was_measured(planners, monkeypatch):
+    """benchmarks/RESULTS.md, Full fine-tuning: 23.32 GiB, by a build with smaller chunks of the head."""
+    monkeypatch.setattr(linear_cross_entropy, "_TIMES_TRAINED", {})
     planner, workload = planners["llama-3.1-8b"], WORKLOADS["llama8b-full"]
     run = dataclasses.replace(run_of(workload), optimizer_in_backward=True)
     assert planner.footprint(run, planner.layers_kept(run, H200)).peak / GIB == pytest.approx(23.32, rel=0.01)
@@ -130,7 +132,7 @@ def test_trained_layers_keep_less_than_was_measured():
             kept.append(planner.layer_sizes(run)[1] / (run.batch * run.length))
             peaks.append(planner.step(run).peak)
     assert kept[1] - kept[0] == 2 * 2 * config.hidden_size
-    head, chunk = config.vocab_size * config.hidden_size, linear_cross_entropy._CHUNK_BYTES["cuda"]
+    head, chunk = config.vocab_size * config.hidden_size, 2 * linear_cross_entropy._CHUNK_BYTES["cuda"]
     assert peaks[0] < sum(kept[:1]) * 2 * run.batch * run.length + 4 * head + chunk + 2**28
 
 
