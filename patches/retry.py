@@ -17,7 +17,7 @@ import random
 import sys
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -111,7 +111,7 @@ def _mark(value: Any) -> Any:
     None for anything else.
     """
     if isinstance(value, torch.Tensor):
-        return id(value), _versions(iter([value]))
+        return id(value), _versions([value])
     if type(value) not in _CONTAINERS:
         return None
     inside = value.values() if isinstance(value, dict) else value
@@ -229,8 +229,12 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(each)
 
 
-def _versions(tensors: Iterator[torch.Tensor]) -> list[int]:
-    return [0 if each.is_inference() else each._version for each in tensors]
+def _versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    tensors = list(tensors)
+    try:
+        return [each._version for each in tensors]
+    except RuntimeError:  # there are tensors of inference mode, which have none
+        return [0 if each.is_inference() else each._version for each in tensors]
 
 
 # -------------------------------------------------------------------------------------------------------------- a step
@@ -277,7 +281,7 @@ class Retry:
         # Those of the optimizer: a walk over the model takes longer.
         groups = getattr(self._trainer.optimizer, "param_groups", ())
         self._parameters = [each for group in groups for each in group["params"]]
-        self._weights = _versions(iter(self._parameters))
+        self._weights = _versions(self._parameters)
         self._in_backward = optimizer_in_backward.step_of(self._parameters) is not None
         if self._in_backward:
             self._states, self._counts = set(self._trainer.optimizer.state), _progress(self._trainer.optimizer)
@@ -325,7 +329,7 @@ class Retry:
         """Why the step cannot be taken back, or None."""
         if self._in_backward and self._has_stepped():
             return "the optimizer had begun to step within backward: resume from the last checkpoint"
-        if _versions(iter(self._parameters)) != self._weights:
+        if _versions(self._parameters) != self._weights:
             return "weights have changed within the step"
         if any(map(optimizer_in_backward.foreign_hooks, self._parameters)):
             return "weights may have changed as their gradients came"
