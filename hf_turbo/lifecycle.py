@@ -119,7 +119,7 @@ class _Activation:
             "norms": (lambda: norms.find(model), conflict),
             "mlp": (lambda: mlp.find(model, self._tiling()), conflict),
             "layers": (lambda: decoder_layers.find(model, self.config.norms is not False), conflict),
-            "rope": (lambda: rope.find(model), conflict),
+            "rope": (lambda: rope.find(model, self.config.norms is not False), conflict),
             "loss": (find_loss, conflict or loss_conflict),
         }
         scarce = self.config.memory == "min_memory"

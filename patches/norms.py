@@ -16,6 +16,7 @@ from hf_turbo.kernels.layer_norm import layer_norm
 from hf_turbo.kernels.rms_norm import rms_norm
 from torch import nn
 
+from . import qk_norms
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -68,6 +69,8 @@ def _make_forward_of(body: _Body) -> Callable[[Callable[..., Any]], Callable[...
             weight = getattr(self, "weight", None)
             if not (is_live() and is_plain(hidden_states, weight) and hidden_states.is_floating_point()):
                 return stock(self, hidden_states)
+            if qk_norms.wait(self, hidden_states, understood):
+                return hidden_states
             eps = getattr(self, body.eps)
             if body.centered:
                 return layer_norm(hidden_states, weight, None, eps)

@@ -11,9 +11,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+from hf_turbo.kernels.qk_norm_rope import qk_norm_rope
+from hf_turbo.kernels.rms_norm import rms_norm
 from hf_turbo.kernels.rope import rope
 from torch import nn
 
+from . import norms, qk_norms
 from .engine import AttributePatch, Exactness, Finding, forward_of, is_live, is_plain
 from .fingerprint import fingerprint
 
@@ -71,15 +74,31 @@ def _replacement(stock: Callable[..., Any], key: tuple[str, str]) -> Callable[..
     width, options = _BODIES[key]
 
     def apply_pair(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: int = 1) -> Any:
-        if not (is_live() and k is not None and _usable(q, k, cos, sin, unsqueeze_dim, width)):
+        of_q, of_k = qk_norms.take(q, k)
+        usable = is_live() and k is not None and _usable(q, k, cos, sin, unsqueeze_dim, width)
+        if usable and of_q is not None and of_k is not None and of_q.norm == of_k.norm and not options:
+            return qk_norm_rope(q, k, of_q.weight, of_k.weight, cos, sin, of_q.norm, unsqueeze_dim=unsqueeze_dim)
+        q, k = _normed(q, of_q), _normed(k, of_k)
+        if not usable:
             return stock(q, k, cos, sin, unsqueeze_dim)
         return rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim, **options)
 
     return apply_pair
 
 
-def find(model: nn.Module) -> Finding:
-    """Patches of the modelling modules' globals that this model's attention layers read."""
+def _normed(x: Any, waiting: qk_norms.Waiting | None) -> Any:
+    if waiting is None:
+        return x
+    eps, weight_offset, round_before_weight = waiting.norm
+    return rms_norm(x, waiting.weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+
+
+def find(model: nn.Module, fuses_norms: bool = True) -> Finding:
+    """Patches of the modelling modules' globals that this model's attention layers read.
+
+    Args:
+        fuses_norms: whether norms of queries and keys are left to the rotation, which does both in one pass.
+    """
     finding = Finding("rope", "rope", Exactness.REASSOCIATED)
     users: Counter[int] = Counter()
     namespaces: dict[int, dict[str, Any]] = {}
@@ -103,6 +122,10 @@ def find(model: nn.Module) -> Finding:
         replacement._hf_turbo = True  # type: ignore[attr-defined]
         finding.patched += count
         finding.patches.append(AttributePatch(f"rope:{namespace['__name__']}", namespace, _NAME, replacement))
+    if fuses_norms and finding.patched == finding.found:
+        together = qk_norms.patches_of(model, norms.understood)
+        finding.patches += together
+        finding.kernel = "qk_norm_rope" if together else finding.kernel
     return finding
 
 

@@ -147,11 +147,11 @@ def test_what_is_patched_runs_fused(family, precision, monkeypatch):
     """A guard that always refuses would leave a role stock while the report says patched."""
     calls = dict.fromkeys(ROLES, 0)
 
-    def count(role: str, module: Any, name: str) -> None:
+    def count(role: str, module: Any, name: str, times: int = 1) -> None:
         op = getattr(module, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            calls[role] += 1
+            calls[role] += times
             return op(*args, **kwargs)
 
         monkeypatch.setattr(module, name, counted)
@@ -165,6 +165,8 @@ def test_what_is_patched_runs_fused(family, precision, monkeypatch):
     ):
         for name in names:
             count(role, module, name)
+    count("norms", rope_patches, "qk_norm_rope", 2)
+    count("rope", rope_patches, "qk_norm_rope")
     model = tiny_model(family, torch.bfloat16 if precision == "bf16" else torch.float32)
     with turbo(model):
         run(model, batch(), precision == "autocast")
@@ -288,9 +290,11 @@ def test_checkpointing(family, use_reentrant, api, precision, monkeypatch):
     if not hasattr(PreTrainedModel, api):
         pytest.skip(f"this transformers has no {api} yet")
     calls = []
-    for module, name in ((norm_patches, "rms_norm"), (layer_patches, "add_rms_norm")):
+    names = (norm_patches, "rms_norm", 1), (layer_patches, "add_rms_norm", 1), (rope_patches, "qk_norm_rope", 2)
+    for module, name, norms in names:
         op = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, op=op, **kwargs: calls.append(1) or op(*args, **kwargs))
+        counted = lambda *args, op=op, norms=norms, **kwargs: calls.extend([1] * norms) or op(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(module, name, counted)
     model = tiny_model(family, torch.bfloat16 if precision == "bf16" else torch.float32)
     with turbo(model):
         expected = {name: value.clone() for name, value in run(model, batch(), precision == "autocast").items()}
