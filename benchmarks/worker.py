@@ -49,7 +49,7 @@ def build_model(workload: Workload, system: str, device: str) -> Any:
 
     config = AutoConfig.for_model(**workload.model_config())
     config.use_cache = False
-    attention = "eager" if system == "control" else "sdpa"
+    attention = "eager" if system == "control" else workload.model_config().get("attn_implementation", "sdpa")
     torch.manual_seed(0)
     with torch.device(device):
         dtype = getattr(torch, workload.weights)

@@ -724,9 +724,10 @@ class _Blocks(NamedTuple):
 
 # By where they run and the width of heads: what fits into shared memory, and into registers (compiled for sm_90 and
 # sm_89). "large" is for 16 bits on GPUs with 227 KiB of shared memory (capabilities 9 and 10), "small" for 16 bits
-# elsewhere (99 KiB). float32 has no tensor cores, and takes one table everywhere.
+# elsewhere (99 KiB). float32 has no tensor cores, and takes one table everywhere. Of what was tried on an H200, the best
+# or near it; heads of 64 have keys by 64 for the sake of windows (128 tokens: 376 us where keys by 128 take 521).
 _BLOCKS = {
-    ("large", 64): _Blocks(_Block(128, 64, 8, 3), _Block(64, 64, 4, 2), _Block(32, 128, 8, 3)),
+    ("large", 64): _Blocks(_Block(128, 64, 8, 3), _Block(64, 64, 4, 2), _Block(32, 64, 4, 2)),
     ("large", 128): _Blocks(_Block(128, 64, 8, 3), _Block(128, 64, 8, 2), _Block(32, 128, 8, 2)),
     ("large", 256): _Blocks(_Block(128, 64, 8, 2), _Block(128, 32, 8, 2), _Block(32, 64, 8, 2)),
     ("small", 64): _Blocks(_Block(128, 64, 4, 2), _Block(64, 64, 4, 2), _Block(64, 64, 4, 2)),

@@ -148,6 +148,10 @@ class _State:
             self.stock_tokens += each.rows * each.columns
 
 
+# Where attention by documents is worth it without any padding: eager attention keeps several tensors of rows x heads x
+# columns^2 in every layer, and reads and writes some more.
+_EAGER_IS_SLOW = {"cuda"}
+
 _STATES: weakref.WeakKeyDictionary[nn.Module, _State] = weakref.WeakKeyDictionary()
 # Backbones of a model that was patched: a walk over all modules takes milliseconds, at every step.
 _OF_MODEL: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[nn.Module]] = weakref.WeakKeyDictionary()
@@ -213,8 +217,11 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
     if claimed is None:
         claimed = Pass([_micro_batch(kwargs)], state.gradient_at_padding), 0
     micro_batches = claimed[0].micro_batches
+    if len(micro_batches) > 1 or not micro_batches[0].is_dense:
+        return claimed
     is_recorded = state.graphs is not None and not state.graphs.reason
-    return None if len(micro_batches) == 1 and micro_batches[0].is_dense and not is_recorded else claimed
+    is_slow = state.attention == "eager" and micro_batches[0].device.type in _EAGER_IS_SLOW
+    return claimed if is_recorded or is_slow else None
 
 
 def _without_gradients(

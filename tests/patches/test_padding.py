@@ -123,6 +123,20 @@ def test_eager_attention(family, left):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
+def test_eager_attention_without_padding(family, monkeypatch):
+    """On a GPU by documents as well, which saves its scores; on a CPU it is stock's."""
+    inputs = padded((30, 30))
+    model = tiny_model(family, attn_implementation="eager")
+    results(model, inputs)
+    patch(model)
+    results(model, inputs)
+    assert state_of(model).passes == 0
+    hf_turbo.disable()
+    monkeypatch.setattr(padding, "_EAGER_IS_SLOW", {"cpu"})
+    check(tiny_model(family, attn_implementation="eager"), inputs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt-oss"])
 def test_eager_attention_in_16_bits(family):
     check(tiny_model(family, torch.bfloat16, attn_implementation="eager"), padded())
 
