@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -724,8 +725,8 @@ class _Blocks(NamedTuple):
 
 # By where they run and the width of heads: what fits into shared memory, and into registers (compiled for sm_90 and
 # sm_89). "large" is for 16 bits on GPUs with 227 KiB of shared memory (capabilities 9 and 10), "small" for 16 bits
-# elsewhere (99 KiB). float32 has no tensor cores, and takes one table everywhere. Of what was tried on an H200, the best
-# or near it; heads of 64 have keys by 64 for the sake of windows (128 tokens: 376 us where keys by 128 take 521).
+# elsewhere (99 KiB). float32 has no tensor cores, and takes one table everywhere. Large ones: the best of those tried
+# on an H200, or near it; heads of 64 take 64 keys for the sake of windows (of 128 tokens: 376 us where 128 take 521).
 _BLOCKS = {
     ("large", 64): _Blocks(_Block(128, 64, 8, 3), _Block(64, 64, 4, 2), _Block(32, 64, 4, 2)),
     ("large", 128): _Blocks(_Block(128, 64, 8, 3), _Block(128, 64, 8, 2), _Block(32, 128, 8, 2)),
@@ -783,6 +784,48 @@ def _tiles(lengths: tuple[int, ...], blocks: _Blocks, device: torch.device) -> t
     return together.split([len(table) for table in tables])
 
 
+def _tiles_by_starts(starts: torch.Tensor, tokens: int, blocks: _Blocks) -> list[torch.Tensor]:
+    """The same, made on the device; behind the tiles there are as many of no tokens as there might be more."""
+    lengths, tables = starts.diff(), []
+    for size, by_keys in ((blocks.forward.rows, False), (blocks.dquery.rows, False), (blocks.dkey.keys, True)):
+        counts = (lengths + size - 1) // size
+        ends = counts.cumsum(0)
+        tile = torch.arange(tokens // size + len(lengths), device=starts.device)
+        document = torch.searchsorted(ends, tile, right=True).clamp_(max=len(lengths) - 1)
+        first = (tile - ends[document] + counts[document]) * size
+        length = torch.where(tile < ends[-1], lengths[document], 0)
+        first = torch.where(length > 0, first, 0)
+        table = torch.stack([starts[document].long(), length.long(), first], 1).int()
+        work = torch.where(length > 0, length - first if by_keys else first, -1)
+        tables.append(table[work.argsort(descending=True, stable=True)])
+    return tables
+
+
+class _Known(NamedTuple):
+    starts: weakref.ref[torch.Tensor]
+    tiles: list[torch.Tensor]
+
+
+# By the ids of `starts`, and what they say: all layers of a pass ask for the same. What a CUDA graph has made is made
+# anew when it is replayed, and what was made outside of it is not.
+_KNOWN: dict[tuple[int, int, _Blocks], _Known] = {}
+
+
+def _tiles_for(
+    lengths: tuple[int, ...], starts: torch.Tensor | None, tokens: int, blocks: _Blocks, device: torch.device
+) -> Sequence[torch.Tensor]:
+    if starts is None:
+        return _tiles(lengths, blocks, device)
+    is_recorded = starts.is_cuda and torch.cuda.is_current_stream_capturing()
+    key = id(starts), -1 if is_recorded else starts._version, blocks
+    known = _KNOWN.get(key)
+    if known is None or known.starts() is not starts:
+        for old in [each for each, of in _KNOWN.items() if of.starts() is None]:
+            del _KNOWN[old]
+        known = _KNOWN[key] = _Known(weakref.ref(starts), _tiles_by_starts(starts, tokens, blocks))
+    return known.tiles
+
+
 def _padded(width: int) -> int:
     """A power of two, and no less than a product takes."""
     return max(16, 1 << (width - 1).bit_length())
@@ -809,9 +852,9 @@ class _Call(NamedTuple):
     constants: dict[str, Any]
 
 
-def _call_of(query: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], options: _Options) -> _Call:
+def _call_of(query: torch.Tensor, value: torch.Tensor, longest: int, options: _Options) -> _Call:
     scale, window, softcap = options
-    window = 0 if window is None or window >= max(lengths) else window
+    window = 0 if window is None or window >= longest else window
     width, value_width = query.shape[-1], value.shape[-1]
     is_capped = softcap is not None
     # The instruction is NVIDIA's, and not known to the interpreter.
@@ -839,6 +882,8 @@ def _empty_forward(
     value: torch.Tensor,
     sinks: torch.Tensor | None,
     lengths: Sequence[int],
+    starts: torch.Tensor | None,
+    longest: int,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -856,20 +901,22 @@ def _forward(
     value: torch.Tensor,
     sinks: torch.Tensor | None,
     lengths: Sequence[int],
+    starts: torch.Tensor | None,
+    longest: int,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     lengths, options = tuple(lengths), _Options(scale, window, softcap)
-    output, lse = _empty_forward(query, key, value, sinks, lengths, *options)
+    output, lse = _empty_forward(query, key, value, sinks, lengths, starts, longest, *options)
     if output.numel() == 0:
         return output, lse
     if not _kernels_take(query, key, value):
         _reference_forward(query, key, value, sinks, lengths, options, output)
         return output, lse
     heads, tokens, _ = query.shape
-    blocks, call = _blocks_for(query, value), _call_of(query, value, lengths, options)
-    tiles, _, _ = _tiles(lengths, blocks, query.device)
+    blocks, call = _blocks_for(query, value), _call_of(query, value, longest, options)
+    tiles, _, _ = _tiles_for(lengths, starts, tokens, blocks, query.device)
     statistics = _lse_and_rest(lse)
     is_bounded = sinks is None and query.dtype == torch.bfloat16 and 0 < call.ceiling <= _MOST_BOUND
     launch(
@@ -923,6 +970,8 @@ def _backward(
     output: torch.Tensor,
     lse: torch.Tensor,
     lengths: Sequence[int],
+    starts: torch.Tensor | None,
+    longest: int,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -941,8 +990,8 @@ def _backward(
     do = do.to(query.dtype)
     do = do if do.stride(-1) == 1 else do.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    blocks, call = _blocks_for(query, value), _call_of(query, value, lengths, options)
-    _, query_tiles, key_tiles = _tiles(lengths, blocks, query.device)
+    blocks, call = _blocks_for(query, value), _call_of(query, value, longest, options)
+    _, query_tiles, key_tiles = _tiles_for(lengths, starts, tokens, blocks, query.device)
     statistics = _lse_and_rest(lse)
     delta = torch.empty_like(statistics[0])
     partials = None if sinks is None else lse.new_empty(len(query_tiles), heads)
@@ -1005,14 +1054,15 @@ def _backward(
 
 
 _capped_attention = register_op(
-    "capped_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, int[] lengths, float scale, int? window, "
-    "float? softcap) -> (Tensor, Tensor)",
+    "capped_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, int[] lengths, Tensor? starts, "
+    "int longest, float scale, int? window, float? softcap) -> (Tensor, Tensor)",
     _forward,
     _empty_forward,
 )
 _capped_attention_backward = register_op(
     "capped_attention_backward(Tensor do, Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor output, "
-    "Tensor lse, int[] lengths, float scale, int? window, float? softcap) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse, int[] lengths, Tensor? starts, int longest, float scale, int? window, float? softcap) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _empty_backward,
 )
@@ -1030,28 +1080,37 @@ class _CappedAttention(torch.autograd.Function):
         value: torch.Tensor,
         sinks: torch.Tensor | None,
         lengths: tuple[int, ...],
+        starts: torch.Tensor | None,
+        longest: int,
         options: _Options,
     ) -> torch.Tensor:
-        output, lse = _capped_attention(query, key, value, sinks, lengths, *options)
-        ctx.save_for_backward(query, key, value, sinks, output, lse)
-        ctx.lengths, ctx.options = lengths, options
+        output, lse = _capped_attention(query, key, value, sinks, lengths, starts, longest, *options)
+        ctx.save_for_backward(query, key, value, sinks, output, lse, starts)
+        ctx.lengths, ctx.longest, ctx.options = lengths, longest, options
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors  # a checkpoint unpacks them once
-        *gradients, dsinks = _capped_attention_backward(do, *saved, ctx.lengths, *ctx.options)
-        return *(each.transpose(0, 1) for each in gradients), None if saved[3] is None else dsinks, None, None
+        *saved, starts = ctx.saved_tensors  # a checkpoint unpacks them once
+        *gradients, dsinks = _capped_attention_backward(do, *saved, ctx.lengths, starts, ctx.longest, *ctx.options)
+        return *(each.transpose(0, 1) for each in gradients), None if saved[3] is None else dsinks, *(None,) * 4
+
+
+def needs_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the host has to know the lengths of documents: torch operations go by them."""
+    return not _kernels_take(query, key, value)
 
 
 def capped_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    lengths: Sequence[int],
+    lengths: Sequence[int] | None,
     *,
     scale: float,
+    starts: torch.Tensor | None = None,
+    longest: int = 0,
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -1063,7 +1122,9 @@ def capped_attention(
         query: [H, T, D], T tokens of all documents.
         key: [G, T, D], H a multiple of G: query heads share key and value heads in equal runs.
         value: [G, T, E].
-        lengths: of the documents in tokens, in order; they add up to T.
+        lengths: of the documents in tokens, in order; they add up to T. None where the host does not know them: then
+            `starts`, [documents + 1] int32 on the device, says where each begins and the last ends, and no document
+            has more tokens than `longest`. Not for what torch operations compute.
         scale: of the scores.
         window: number of tokens that one sees, itself included; None for all.
         softcap: bound of the scores; None for none.
@@ -1074,7 +1135,7 @@ def capped_attention(
         [T, H, E], contiguous, in the dtype of `query`; under autocast in autocast's, as products are there.
 
     Raises:
-        ValueError: a softcap that is not positive, or sinks of another shape.
+        ValueError: a softcap that is not positive, sinks of another shape, or lengths that have to be known.
     """
     if softcap is not None and softcap <= 0:
         raise ValueError(f"a softcap of {softcap} is not positive")
@@ -1085,10 +1146,15 @@ def capped_attention(
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (each.to(dtype) for each in (query, key, value))
+    if lengths is None and (starts is None or longest < 1 or needs_lengths(query, key, value)):
+        raise ValueError("lengths=None needs starts, longest, and what the kernels take")
+    lengths = () if lengths is None else tuple(lengths)
+    if lengths:
+        starts, longest = None, max(lengths)
     # Copies are made here: what is kept for backward is what came in.
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():
-        arguments = query, key, value, sinks, tuple(lengths), _Options(scale, window, softcap)
+        arguments = query, key, value, sinks, lengths, starts, longest, _Options(scale, window, softcap)
         output: torch.Tensor
         output = _CappedAttention.apply(*arguments) if through is None else through(_CappedAttention.apply, *arguments)
     return output

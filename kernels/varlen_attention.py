@@ -29,6 +29,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from .capped_attention import capped_attention
+from .capped_attention import needs_lengths as capped_attention_needs_lengths
 
 
 def varlen_attention(
@@ -83,15 +84,17 @@ def varlen_attention(
         raise ValueError("softcap and sinks need causal attention and no dropout")
     by_flash = not is_capped and _flash_can(query, value)
     through = _plainly if through is None else through
+    scale_of_scores = query.shape[-1] ** -0.5 if scale is None else scale
+    options: dict[str, Any] = {"scale": scale_of_scores, "window": window, "softcap": softcap, "sinks": sinks}
+    if lengths is None and is_capped and starts is not None and longest is not None:
+        return capped_attention(query, key, value, None, starts=starts, longest=longest, **options, through=through)
     if lengths is None:
         if not by_flash or starts is None or longest is None:
-            raise ValueError("lengths=None needs starts, longest, and what FlashAttention takes")
+            raise ValueError("lengths=None needs starts, longest, and what FlashAttention or a kernel takes")
         return _flash(query, key, value, starts, longest, scale, causal, window, dropout, through)
     if sum(lengths) != tokens or any(length < 0 for length in lengths):
         raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
     if is_capped:
-        scale = query.shape[-1] ** -0.5 if scale is None else scale
-        options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
         return capped_attention(query, key, value, lengths, **options, through=through)
     if by_flash and not (window is None and len(set(lengths)) == 1):
         if starts is None:
@@ -104,9 +107,9 @@ def _plainly(operator: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return operator(*args, **kwargs)
 
 
-def needs_lengths(query: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `lengths` may not be None for these, [H, T, D] and [G, T, D]."""
-    return not _flash_can(query, value)
+def needs_lengths(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_capped: bool = False) -> bool:
+    """Whether `lengths` may not be None for these, [H, T, D] and [G, T, D]; with capped scores or sinks."""
+    return capped_attention_needs_lengths(query, key, value) if is_capped else not _flash_can(query, value)
 
 
 def _flash_can(query: torch.Tensor, value: torch.Tensor) -> bool:

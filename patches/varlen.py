@@ -103,7 +103,8 @@ def attend(
     if not is_plain(sinks) or (sinks is not None and sinks.shape != query.shape[1:2]):
         raise NotUnderstood("attention sinks are not those of the heads")
     if documents.calls == 0:
-        documents.needs_lengths = cap is not None or sinks is not None or needs_lengths(query[0], value[0])
+        is_capped = cap is not None or sinks is not None
+        documents.needs_lengths = needs_lengths(query[0], key[0], value[0], is_capped)
     documents.calls += 1
     keeper, visible = kept_attention.current(), min(documents.longest, sliding_window or documents.longest)
     output = varlen_attention(

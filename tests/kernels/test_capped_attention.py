@@ -193,6 +193,31 @@ def test_which_way(device, monkeypatch):
         assert calls.pop() == way
 
 
+@pytest.mark.parametrize("lengths", [[1, 9, 0, 4, 4, 30], [48], [0, 0, 5]])
+def test_lengths_that_the_device_alone_knows(device, monkeypatch, lengths):
+    """As in a CUDA graph: the same bits, with room for more documents, and anew when `starts` is written to."""
+    if not capped_attention.use_triton(torch.empty(0, device=device)):
+        pytest.skip("torch operations go by lengths")
+    small_tiles(monkeypatch, 16)
+    tokens, options = sum(lengths), {"window": 20, "softcap": 2.0}
+    inputs = inputs_of(tokens, torch.float32, device)[:3]
+    heads, width = inputs[0].shape[0], inputs[2].shape[-1]
+    dy = randn(tokens, heads, width, device=device, dtype=torch.float32, seed=9)
+    starts = torch.full((len(lengths) + 3,), tokens, dtype=torch.int32, device=device)
+
+    def by_starts(query, key, value):
+        return varlen_attention(query, key, value, None, starts=starts, longest=48, **options)
+
+    starts[: len(lengths)] = torch.tensor([0, *lengths]).cumsum(0)[:-1].to(device)
+    expected = results(lambda *x: varlen_attention(*x, lengths, **options), inputs, dy)
+    for ours, theirs in zip(results(by_starts, inputs, dy), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    starts[1:] = tokens
+    expected = results(lambda *x: varlen_attention(*x, [tokens], **options), inputs, dy)
+    for ours, theirs in zip(results(by_starts, inputs, dy), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_tiles_that_see_most_come_first():
     block = capped_attention._Block(16, 8, 4, 1)
     tiles = capped_attention._tiles((20, 0, 33), capped_attention._Blocks(block, block, block), torch.device("cpu"))
