@@ -780,7 +780,7 @@ def _tiles(lengths: tuple[int, ...], blocks: _Blocks, device: torch.device) -> t
         table = torch.stack([starts[document], of_length[document], first], 1).int()
         work = of_length[document] - first if by_keys else first
         tables.append(table[work.argsort(descending=True, stable=True)])
-    together = torch.cat(tables).to(device)
+    together = torch.cat(tables).to(device, non_blocking=True)
     return together.split([len(table) for table in tables])
 
 

@@ -70,7 +70,7 @@ def record(model: Any) -> Any:
     return state_of(model)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "qwen2", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "qwen2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_as_exact_as_stock(family, dtype, checkpointing):
