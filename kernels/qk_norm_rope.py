@@ -465,8 +465,7 @@ def qk_norm_rope(
         The rotated q and k, not in place.
     """
     if not _in_one_pass(q, k, q_weight, k_weight, cos, sin):
-        options = {"weight_offset": norm.weight_offset, "round_before_weight": norm.round_before_weight}
-        q, k = rms_norm(q, q_weight, norm.eps, **options), rms_norm(k, k_weight, norm.eps, **options)
+        q, k = _norm_alone(q, q_weight, norm), _norm_alone(k, k_weight, norm)
         rotated = rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         assert rotated[1] is not None
         return rotated[0], rotated[1]
@@ -476,6 +475,11 @@ def qk_norm_rope(
     if cos.stride() != sin.stride() or cos.stride(2) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     return _QKNormRope.apply(q, k, *weights, cos, sin, norm, unsqueeze_dim, dtype)
+
+
+def _norm_alone(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+    eps, weight_offset, round_before_weight = norm
+    return rms_norm(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
 
 
 def _in_one_pass(

@@ -251,11 +251,12 @@ def is_swapped(module: nn.Module) -> bool:
 
 def stock_class(module: nn.Module) -> type:
     """The class of a module, ours looked through."""
-    return _stock_of(type(module))
+    cls: Any = type(module)
+    return _stock_of(cls)
 
 
 @functools.cache
-def _stock_of(cls: type) -> type:
+def _stock_of(cls: Any) -> type:
     return _ours_of(cls)[1]
 
 

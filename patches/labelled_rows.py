@@ -36,13 +36,13 @@ class _Rows(NamedTuple):
 
     Attributes:
         labels: that they are those of. version: of these.
-        index: [n] int64, the rows among B * S that predict a label.
+        places: [n] int64, the rows among B * S that predict a label.
         targets: [n] int64, the labels that they predict.
     """
 
     labels: weakref.ref[torch.Tensor]
     version: int
-    index: torch.Tensor
+    places: torch.Tensor
     targets: torch.Tensor
 
 
@@ -70,14 +70,20 @@ def note(batches: list[Any]) -> None:
         labelled = labels != _IGNORED
         labelled[:, :1] = False  # the first of a row is predicted by nothing
         places = labelled.flatten().nonzero().squeeze(-1)
-        key = id(labels)
-        reference = weakref.ref(labels, lambda _, key=key: _NOTES.pop(key, None))
-        _NOTES[key] = _Rows(reference, labels._version, places - 1, labels.flatten().index_select(0, places))
+        targets = labels.flatten().index_select(0, places)
+        _NOTES[id(labels)] = _Rows(_reference(labels), labels._version, places - 1, targets)
 
 
-def _noted(labels: Any) -> _Rows | None:
+def _reference(labels: torch.Tensor) -> weakref.ref[torch.Tensor]:
+    key = id(labels)
+    return weakref.ref(labels, lambda _: _NOTES.pop(key, None))
+
+
+def _noted(labels: torch.Tensor | None) -> _Rows | None:
     rows = _NOTES.get(id(labels))
-    return rows if rows is not None and rows.labels() is labels and rows.version == labels._version else None
+    if rows is None or labels is None or rows.labels() is not labels or rows.version != labels._version:
+        return None
+    return rows
 
 
 def _make_forward(stock: Callable[..., Any], closure: dict[str, Any]) -> Callable[..., Any]:
@@ -107,7 +113,7 @@ def _make_forward(stock: Callable[..., Any], closure: dict[str, Any]) -> Callabl
         hidden_states = getattr(self, closure["backbone_attr"])(*args, **kwargs).last_hidden_state
         hidden_states = hidden_states.to(head.weight.device).flatten(0, 1)
         per_token = trl._ChunkedLogProbFunction.apply(
-            select_rows(hidden_states, rows.index),
+            select_rows(hidden_states, rows.places),
             head.weight,
             head.bias,
             rows.targets,
@@ -122,7 +128,7 @@ def _make_forward(stock: Callable[..., Any], closure: dict[str, Any]) -> Callabl
             """[n] to [B, S - 1], zeros elsewhere."""
             if values is None:
                 return None
-            return values.new_zeros(labels.numel()).index_copy(0, rows.index, values).view(labels.shape)[:, :-1]
+            return values.new_zeros(labels.numel()).index_copy(0, rows.places, values).view(labels.shape)[:, :-1]
 
         log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1 = map(spread, per_token)
         mask = labels[:, 1:] != _IGNORED

@@ -21,7 +21,7 @@ from torch import nn
 from .engine import Patch, forward_of, is_plain, stock_class
 from .fingerprint import fingerprint
 
-_NAME = "apply_rotary_pos_emb"
+ROTATION = "apply_rotary_pos_emb"
 _NORMS = ("q_norm", "k_norm")
 # Forwards of attention layers, of transformers 5.17 to 5.23.
 _ATTENTIONS = {
@@ -57,7 +57,7 @@ def wait(module: nn.Module, x: torch.Tensor, understood: Callable[[Any], Norm | 
         return False
     name, namespace = part
     norm, weight = understood(module), module._parameters.get("weight")
-    if norm is None or weight is None or not is_plain(x, weight) or not _is_ours(namespace.get(_NAME)):
+    if norm is None or weight is None or not is_plain(x, weight) or not _is_ours(namespace.get(ROTATION)):
         return False
     _HERE.waiting[name] = Waiting(x, weight, norm)
     return True

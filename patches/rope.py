@@ -20,7 +20,7 @@ from . import norms, qk_norms
 from .engine import AttributePatch, Exactness, Finding, forward_of, is_live, is_plain
 from .fingerprint import fingerprint
 
-_NAME = "apply_rotary_pos_emb"
+_NAME = qk_norms.ROTATION
 _ROTATE_SPLIT, _ROTATE_PAIRS = "a7c43aa4785b", "fb477f4d79eb"
 
 
