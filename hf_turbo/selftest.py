@@ -234,6 +234,28 @@ def _rope_cases() -> Iterator[Case]:
     )
 
 
+def _qk_norm_rope_cases() -> Iterator[Case]:
+    kernel, norm = _kernel("qk_norm_rope"), _kernel("add_rms_norm", "Norm")
+    shapes = {"q": (2, 4, 48, 64), "k": (2, 2, 48, 64), "q_weight": (64,), "k_weight": (64,)}
+
+    def tables(generator: torch.Generator) -> dict[str, torch.Tensor]:
+        angles = (torch.rand(2, 48, 32, generator=generator) * 6.28).repeat(1, 1, 2)
+        return {"cos": angles.cos(), "sin": angles.sin()}
+
+    def eager(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k = (_rms_norm(x, w, round_before_weight=True) for x, w in ((q, q_weight), (k, k_weight)))
+        return _rope(q, k, cos, sin)
+
+    yield Case("Qwen3", shapes, partial(kernel, norm=norm(_EPS, round_before_weight=True)), eager, tables)
+
+
 def _linear_cross_entropy_cases() -> Iterator[Case]:
     kernel = _kernel("linear_cross_entropy")
     hidden, head = {"hidden": (64, 64)}, {"weight": (500, 64)}
@@ -262,5 +284,6 @@ _CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "layer_norm": _layer_norm_cases,
     "glu": _glu_cases,
     "rope": _rope_cases,
+    "qk_norm_rope": _qk_norm_rope_cases,
     "linear_cross_entropy": _linear_cross_entropy_cases,
 }
