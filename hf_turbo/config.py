@@ -56,9 +56,9 @@ class TurboConfig:
             "as_is": every layer is recomputed, as the script says; "min_memory": as little as can be had is taken: all
             layers are recomputed, of scripts that do not checkpoint too, their inputs wait in host memory, MLPs are
             computed by tiles of rows, and nothing is kept, recorded or shared for speed.
-        memory_budget: the most that this process may hold in tensors on the device: "8GiB", or a share of the device's
-            memory such as 0.6; None: what is free. Layers are recomputed as far as it needs, of scripts that do not
-            checkpoint too. It lowers nothing that the script takes with all layers recomputed.
+        memory_budget: the most that this process may hold in tensors on the device when layers need not be recomputed:
+            "8GiB", or a share of the device's memory such as 0.6; None: what is free. It lowers nothing that the script
+            takes with all layers recomputed.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
             the computation; "auto" where the copies hide behind it.

@@ -151,7 +151,7 @@ class _Activation:
                     conflict or self._sharing_conflict("merging", model, trainer),
                 )
         asked = None if trainer is None else checkpointing.trainer_asks(trainer)
-        if (scarce or self._is_bounded) and not asked and not is_reference:
+        if scarce and not asked and not is_reference:
             self._add_checkpointing(model, conflict or (trainer and checkpointing.trainer_conflict(trainer)))
         is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         if not is_reference and (asked or is_on or self.config.checkpointing is True):
@@ -209,11 +209,6 @@ class _Activation:
         free = device_memory.free(_training_device(model, trainer, by_loop))
         return memory.keeps_expanded(lora.expanded_bytes(model), free, config.memory)
 
-    @property
-    def _is_bounded(self) -> bool:
-        """Whether layers are recomputed as far as a budget needs it."""
-        return self.config.memory_budget is not None and self.config.memory != "as_is"
-
     def _add_checkpointing(self, model: nn.Module, against: str | None) -> None:
         """In little memory the layers of a model are recomputed, whether the script says so or not."""
         from hf_turbo.patches.checkpointing import Added, layers_of
@@ -221,17 +216,17 @@ class _Activation:
         if any(layer.gradient_checkpointing for layer in layers_of(model).values()):
             return
         name = _model_name(model)
-        bounded = f"memory_budget={self.config.memory_budget!r}"
-        option = "memory='min_memory'" if self.config.memory == "min_memory" else bounded
         if against is None and not Added.can_apply(model):
             against = "transformers does not checkpoint this model"
         if against is not None:
-            self.report.notes.append(f"{option}: no gradient checkpointing of {name}: {against}")
+            self.report.notes.append(f"memory='min_memory': no gradient checkpointing of {name}: {against}")
             return
         added = Added(model)
         added.apply()
         self._patches.append(added)
-        self.report.notes.append(f"{option}: gradient checkpointing of {name}, which the script did not ask for")
+        self.report.notes.append(
+            f"memory='min_memory': gradient checkpointing of {name}, which the script did not ask for"
+        )
 
     def _tiling(self) -> Tiling:
         """Which passes have their MLPs computed by tiles of rows."""

@@ -802,13 +802,23 @@ def _tiles_by_starts(starts: torch.Tensor, tokens: int, blocks: _Blocks) -> list
 
 
 class _Known(NamedTuple):
+    """Tables made of `starts`: all layers of a pass ask for the same.
+
+    Attributes:
+        state: of `starts` and of what is asked for. What a CUDA graph makes is made anew when it is replayed, and what
+            was made outside of it is not.
+    """
+
     starts: weakref.ref[torch.Tensor]
+    state: tuple[int, _Blocks]
     tiles: list[torch.Tensor]
 
 
-# By the ids of `starts`, and what they say: all layers of a pass ask for the same. What a CUDA graph has made is made
-# anew when it is replayed, and what was made outside of it is not.
-_KNOWN: dict[tuple[int, int, _Blocks], _Known] = {}
+_KNOWN: dict[int, _Known] = {}  # by the id of `starts`, as long as it lives
+
+
+def _is_recorded(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _tiles_for(
@@ -816,13 +826,13 @@ def _tiles_for(
 ) -> Sequence[torch.Tensor]:
     if starts is None:
         return _tiles(lengths, blocks, device)
-    is_recorded = starts.is_cuda and torch.cuda.is_current_stream_capturing()
-    key = id(starts), -1 if is_recorded else starts._version, blocks
+    if starts.is_inference():  # whether it is written to is not known
+        return _tiles_by_starts(starts, tokens, blocks)
+    key, state = id(starts), (-1 if _is_recorded(starts) else starts._version, blocks)
     known = _KNOWN.get(key)
-    if known is None or known.starts() is not starts:
-        for old in [each for each, of in _KNOWN.items() if of.starts() is None]:
-            del _KNOWN[old]
-        known = _KNOWN[key] = _Known(weakref.ref(starts), _tiles_by_starts(starts, tokens, blocks))
+    if known is None or known.starts() is not starts or known.state != state:
+        reference = weakref.ref(starts, lambda _: _KNOWN.pop(key, None))
+        known = _KNOWN[key] = _Known(reference, state, _tiles_by_starts(starts, tokens, blocks))
     return known.tiles
 
 
@@ -1124,7 +1134,7 @@ def capped_attention(
         value: [G, T, E].
         lengths: of the documents in tokens, in order; they add up to T. None where the host does not know them: then
             `starts`, [documents + 1] int32 on the device, says where each begins and the last ends, and no document
-            has more tokens than `longest`. Not for what torch operations compute.
+            has more tokens than `longest`. Not for what torch operations compute. In a CUDA graph `starts` is needed.
         scale: of the scores.
         window: number of tokens that one sees, itself included; None for all.
         softcap: bound of the scores; None for none.
@@ -1148,9 +1158,12 @@ def capped_attention(
         query, key, value = (each.to(dtype) for each in (query, key, value))
     if lengths is None and (starts is None or longest < 1 or needs_lengths(query, key, value)):
         raise ValueError("lengths=None needs starts, longest, and what the kernels take")
-    lengths = () if lengths is None else tuple(lengths)
-    if lengths:
-        starts, longest = None, max(lengths)
+    # A CUDA graph would go on reading tables that nobody else holds: it makes its own.
+    by_starts = starts is not None and _is_recorded(query) and not needs_lengths(query, key, value)
+    if lengths is None or by_starts:
+        lengths, longest = (), longest or max(lengths or (), default=0)
+    else:
+        lengths, starts, longest = tuple(lengths), None, max(lengths, default=0)
     # Copies are made here: what is kept for backward is what came in.
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     with torch.autocast(device, enabled=False) if autocast else nullcontext():

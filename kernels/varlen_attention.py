@@ -95,7 +95,9 @@ def varlen_attention(
     if sum(lengths) != tokens or any(length < 0 for length in lengths):
         raise ValueError(f"documents of {sum(lengths)} tokens in all, but {tokens} tokens")
     if is_capped:
-        return capped_attention(query, key, value, lengths, **options, through=through)
+        return capped_attention(
+            query, key, value, lengths, starts=starts, longest=longest or 0, **options, through=through
+        )
     if by_flash and not (window is None and len(set(lengths)) == 1):
         if starts is None:
             starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=query.device)

@@ -251,13 +251,7 @@ def is_swapped(module: nn.Module) -> bool:
 
 def stock_class(module: nn.Module) -> type:
     """The class of a module, ours looked through."""
-    cls: Any = type(module)
-    return _stock_of(cls)
-
-
-@functools.cache
-def _stock_of(cls: Any) -> type:
-    return _ours_of(cls)[1]
+    return _ours_of(type(module))[1]
 
 
 def has_forward(module: nn.Module, make_forward: MakeForward) -> bool:

@@ -166,10 +166,9 @@ class _Recording:
         self._run, self._buffers = run, buffers
         self._ids = torch.zeros_like(arguments["input_ids"])
         self._positions = torch.zeros_like(arguments["position_ids"])
-        self._starts = None
         lengths = None if size.documents else [size.longest] * (size.tokens // size.longest)
-        if size.documents:
-            self._starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=self._ids.device)
+        count = len(lengths) if lengths else size.documents
+        self._starts = torch.zeros(count + 1, dtype=torch.int32, device=self._ids.device)
         documents = varlen.Documents(lengths, self._starts, size.longest)
         self._arguments = {
             **arguments,
@@ -201,11 +200,10 @@ class _Recording:
         """For the next `forward`: input ids and positions, and the lengths of the documents."""
         self._ids.copy_(arguments["input_ids"])
         self._positions.copy_(arguments["position_ids"])
-        if self._starts is not None:
-            starts = torch.full(self._starts.shape, self._ids.shape[1], dtype=torch.int32)
-            starts[0] = 0
-            torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1 : len(lengths) + 1])
-            self._starts.copy_(starts, non_blocking=True)
+        starts = torch.full(self._starts.shape, self._ids.shape[1], dtype=torch.int32)
+        starts[0] = 0
+        torch.cumsum(torch.tensor(lengths, dtype=torch.int32), 0, out=starts[1 : len(lengths) + 1])
+        self._starts.copy_(starts, non_blocking=True)
 
     def output(self, token: _Token) -> Any:
         """As the backbone returns it."""

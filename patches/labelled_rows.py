@@ -13,7 +13,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,14 +21,21 @@ import torch
 from hf_turbo.kernels.linear_cross_entropy import select_rows
 from torch import nn
 
-from .engine import AttributePatch, Patch, is_live, is_plain, look_like
+from .engine import Patch, is_live, is_plain, look_like
 
 MODULE = "trl.trainer.utils"
 _IGNORED = -100
 
 # What TRL's forward closes over.
-_OPTIONS = ("temperature", "final_logit_softcapping", "logit_scale", "outputs")
-_CLOSURE = {*_OPTIONS, "backbone_attr", "cast_lm_head_to_fp32", "text_config"}
+_CLOSURE = {
+    "backbone_attr",
+    "cast_lm_head_to_fp32",
+    "final_logit_softcapping",
+    "logit_scale",
+    "outputs",
+    "temperature",
+    "text_config",
+}
 
 
 class _Rows(NamedTuple):
@@ -65,6 +72,8 @@ def note(batches: list[Any]) -> None:
         labels = batch.get("labels") if hasattr(batch, "get") else None
         if not isinstance(labels, torch.Tensor) or labels.ndim != 2 or "shift_labels" in batch:
             continue
+        if labels.is_inference():  # whether it is written to is not known
+            continue
         if not passes_labelled_rows_only(labels.device):
             continue
         labelled = labels != _IGNORED
@@ -98,7 +107,9 @@ def _make_forward(stock: Callable[..., Any], closure: dict[str, Any]) -> Callabl
         num_items_in_batch: Any = None,
         **kwargs: Any,
     ) -> Any:
-        rows = _noted(labels) if fused_lm_head and shift_labels is None and is_live() else None
+        # torch.compile would compile anew for the id of each batch's labels.
+        may_know = fused_lm_head and shift_labels is None and not torch.compiler.is_compiling() and is_live()
+        rows = _noted(labels) if may_know else None
         head = self.get_output_embeddings()
         if (
             rows is None
@@ -154,36 +165,56 @@ def _forward_code() -> types.CodeType | None:
     return codes[0] if len(codes) == 1 else None
 
 
-def _fused_models(model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
-    """The models inside one that TRL has given its forward, and that."""
-    for module in model.modules():
-        forward = getattr(vars(module).get("forward"), "__func__", None)
-        if forward is not None and getattr(forward, "__code__", None) is _forward_code():
-            yield module, forward
+def _fused_forward(model: nn.Module) -> Any:
+    """The forward that TRL has given a model; None of any other."""
+    forward = getattr(vars(model).get("forward"), "__func__", None)
+    return forward if forward is not None and getattr(forward, "__code__", None) is _forward_code() else None
 
 
-class _ForwardPatch(AttributePatch):
-    """The forward that TRL has set on a model."""
+class _ForwardPatch(Patch):
+    """The forward that TRL has set on a model: TRL's and ours are held by the model alone, which both hold on to."""
 
-    def __init__(self, model: Any, replacement: Callable[..., Any]):
-        super().__init__("loss:labelled rows", model, "forward", types.MethodType(replacement, model))
+    id = "loss:labelled rows"
+
+    def __init__(self, model: nn.Module):
+        self._model = weakref.ref(model)
+        self._replacement: Callable[[], Any] = lambda: None
 
     def apply(self) -> None:
-        super().apply()
-        _PATCHED.add(self._owner)
+        model = self._model()
+        stock = None if model is None else _fused_forward(model)
+        if model is None or stock is None:
+            return
+        replacement: Any = _make_forward(stock, _closure(stock))
+        look_like(replacement, stock)
+        replacement._hf_turbo_stock = stock
+        model.forward = types.MethodType(replacement, model)
+        self._replacement = weakref.ref(replacement)
+        _PATCHED.add(model)
 
     def revert(self) -> bool:
-        _PATCHED.discard(self._owner)
-        return super().revert()
+        model, replacement = self._model(), self._replacement()
+        if model is None or replacement is None:
+            return True
+        _PATCHED.discard(model)
+        if getattr(vars(model).get("forward"), "__func__", None) is replacement:
+            model.forward = types.MethodType(replacement._hf_turbo_stock, model)
+            return True
+        # Accelerate has wrapped it, and keeps what it wraps. Without notes it is TRL's own.
+        return getattr(vars(model).get("_original_forward"), "__func__", None) is replacement
 
 
 def patches_of(model: nn.Module) -> list[Patch]:
     """For a model whose trainer is known to pass on labelled rows only."""
-    found: list[Patch] = []
-    for module, forward in _fused_models(model):
-        closure = dict(inspect.getclosurevars(forward).nonlocals)
-        if closure.keys() >= _CLOSURE and not closure["cast_lm_head_to_fp32"]:
-            replacement = _make_forward(forward, closure)
-            look_like(replacement, forward)
-            found.append(_ForwardPatch(module, replacement))
-    return found
+    forwards = ((module, _fused_forward(module)) for module in model.modules())
+    return [_ForwardPatch(module) for module, forward in forwards if forward is not None and _is_understood(forward)]
+
+
+def _is_understood(forward: Any) -> bool:
+    names = inspect.getclosurevars(forward).nonlocals
+    return names.keys() >= _CLOSURE and not names["cast_lm_head_to_fp32"]
+
+
+def _closure(forward: Any) -> dict[str, Any]:
+    names = inspect.getclosurevars(forward).nonlocals
+    return {name: names[name] for name in _CLOSURE}

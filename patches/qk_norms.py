@@ -1,14 +1,17 @@
 """Norms of queries and keys that wait for the rotary embedding behind them, which does both in one pass.
 
 In attention layers known by their fingerprints nobody but `apply_rotary_pos_emb` reads what `q_norm` and `k_norm` put
-out. Called there, a norm hands on its input as it is, and notes that it waits. The function that stands for
-`apply_rotary_pos_emb` (rope.py) takes what waits; if it cannot do both in one pass, it norms first.
+out. Called within the forward of such a layer, a norm hands on its input as it is, and notes that it waits. The
+function that stands for `apply_rotary_pos_emb` (rope.py) takes what waits; if it cannot do both in one pass, it norms
+first. What waits does so until the layer's forward ends: a norm that was then left out is an error.
 
-What is asked at every call: that the function is still ours, and that the norm has no hooks.
+What is asked at every call: that the layer's forward and the function are those that are known, and that the norm has
+no hooks.
 """
 
 from __future__ import annotations
 
+import inspect
 import threading
 import weakref
 from collections.abc import Callable
@@ -18,7 +21,8 @@ import torch
 from hf_turbo.kernels.add_rms_norm import Norm
 from torch import nn
 
-from .engine import Patch, forward_of, is_plain, stock_class
+from .conflicts import module_conflict
+from .engine import ClassSwap, Patch, forward_of, has_forward, is_live, is_plain, same_name_subclass, stock_class
 from .fingerprint import fingerprint
 
 ROTATION = "apply_rotary_pos_emb"
@@ -39,78 +43,90 @@ class Waiting(NamedTuple):
 
 
 class _Here(threading.local):
-    """Of each thread: layers are recomputed in others."""
+    """Of each thread, as layers are recomputed in others: the layer whose forward runs, and what waits in it."""
 
-    def __init__(self) -> None:
-        self.waiting: dict[str, Waiting] = {}
+    attention: nn.Module | None = None
+    waiting: dict[str, Waiting] = {}  # noqa: RUF012  (never written outside of a layer)
 
 
 _HERE = _Here()
-# Norms that may wait: their names, and where the function behind them is looked up.
-_PARTS: weakref.WeakKeyDictionary[nn.Module, tuple[str, dict[str, Any]]] = weakref.WeakKeyDictionary()
+# What stands for the rotary embedding, and takes what waits.
+ROTATIONS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def wait(module: nn.Module, x: torch.Tensor, understood: Callable[[Any], Norm | None]) -> bool:
     """Whether the norm of x is left to the rotary embedding."""
-    part = _PARTS.get(module)
-    if part is None or x.ndim != 4 or torch.compiler.is_compiling():
+    attention = _HERE.attention
+    if attention is None or x.ndim != 4:
         return False
-    name, namespace = part
+    name = next((each for each in _NORMS if attention._modules.get(each) is module), None)
     norm, weight = understood(module), module._parameters.get("weight")
-    if norm is None or weight is None or not is_plain(x, weight) or not _is_ours(namespace.get(ROTATION)):
+    if name is None or name in _HERE.waiting or norm is None or weight is None or not is_plain(x, weight):
         return False
     _HERE.waiting[name] = Waiting(x, weight, norm)
     return True
 
 
 def take(q: Any, k: Any) -> tuple[Waiting | None, Waiting | None]:
-    """What waits of queries and keys. What is left of a layer that failed in between is dropped."""
-    waiting, _HERE.waiting = _HERE.waiting, {}
-    if not waiting:
-        return None, None
-    return _of(waiting.get("q_norm"), q), _of(waiting.get("k_norm"), k)
+    """What waits of queries and keys."""
+    found = []
+    for name, view in zip(_NORMS, (q, k), strict=True):
+        waiting = _HERE.waiting.get(name)
+        if waiting is not None and isinstance(view, torch.Tensor) and _is_view(view, waiting.x):
+            del _HERE.waiting[name]
+            found.append(waiting)
+        else:
+            found.append(None)
+    return found[0], found[1]
 
 
-def _of(waiting: Waiting | None, view: Any) -> Waiting | None:
-    """If a tensor is what waits, or its transpose."""
-    if waiting is None or not isinstance(view, torch.Tensor):
-        return None
-    return waiting if view.data_ptr() == waiting.x.data_ptr() and view.numel() == waiting.x.numel() else None
+def _is_view(view: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether a tensor is another, or its transpose."""
+    return view.data_ptr() == x.data_ptr() and view.numel() == x.numel() and view.dtype == x.dtype
 
 
-def _is_ours(function: Any) -> bool:
-    return getattr(function, "_hf_turbo", False)
+def _forward_below(cls: type) -> Callable[..., Any]:
+    """The forward of a class, ours looked through, as it is now."""
+    forwards = (vars(each) for each in cls.__mro__ if "_hf_turbo_difference" not in vars(each))
+    found: Callable[..., Any] = next(each["forward"] for each in forwards if "forward" in each)
+    return found
 
 
-class _QKNormPatch(Patch):
-    """Lets a norm wait."""
+def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Of an attention layer in which norms may wait."""
+    namespace = inspect.unwrap(stock).__globals__
 
-    def __init__(self, id: str, norm: nn.Module, name: str, namespace: dict[str, Any]):
-        self.id, self._norm, self._part = id, weakref.ref(norm), (name, namespace)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Whoever has replaced either since may do something else with what the norms put out.
+        current = _forward_below(type(self))
+        is_known = current is stock and namespace.get(ROTATION) in ROTATIONS
+        if torch.compiler.is_compiling() or not is_live() or not is_known:
+            return current(self, *args, **kwargs)
+        outer = _HERE.attention, _HERE.waiting
+        _HERE.attention, _HERE.waiting = self, {}
+        try:
+            outputs = stock(self, *args, **kwargs)
+            left_out = ", ".join(_HERE.waiting)
+        finally:
+            _HERE.attention, _HERE.waiting = outer
+        if left_out:
+            raise RuntimeError(
+                f"hf_turbo: {left_out} of {type(self).__name__} waited for {ROTATION}, which did not take it: one of "
+                "them was changed while the layer ran. Use hf_turbo.enable(rope=False)"
+            )
+        return outputs
 
-    def apply(self) -> None:
-        norm = self._norm()
-        if norm is not None:
-            _PARTS[norm] = self._part
-
-    def revert(self) -> bool:
-        norm = self._norm()
-        if norm is not None:
-            _PARTS.pop(norm, None)
-        return True
+    return forward
 
 
 def patches_of(model: nn.Module, understood: Callable[[Any], Norm | None]) -> list[Patch]:
-    """For the norms of queries and keys whose layers are known."""
+    """For attention layers that are known, and whose norms are."""
     found: list[Patch] = []
     for name, module in model.named_modules():
         norms = [module._modules.get(each) for each in _NORMS]
-        if any(each is None for each in norms):
+        if any(norm is None or understood(norm) is None for norm in norms) or has_forward(module, _make_forward):
             continue
-        forward = forward_of(stock_class(module))
-        if fingerprint(forward) not in _ATTENTIONS or "forward" in module.__dict__:
-            continue
-        for each, norm in zip(_NORMS, norms, strict=True):
-            if norm is not None and norm not in _PARTS and understood(norm) is not None:
-                found.append(_QKNormPatch(f"rope:{name}.{each}", norm, each, forward.__globals__))
+        cls = stock_class(module)
+        if fingerprint(forward_of(cls)) in _ATTENTIONS and module_conflict(module) is None:
+            found.append(ClassSwap(f"rope:{name}", module, same_name_subclass(cls, _make_forward)))
     return found

@@ -120,6 +120,8 @@ def find(model: nn.Module, fuses_norms: bool = True) -> Finding:
             continue
         replacement = _replacement(function, body)
         replacement._hf_turbo = True  # type: ignore[attr-defined]
+        if body != _SINGLE_TENSOR:
+            qk_norms.ROTATIONS.add(replacement)
         finding.patched += count
         finding.patches.append(AttributePatch(f"rope:{namespace['__name__']}", namespace, _NAME, replacement))
     if fuses_norms and finding.patched == finding.found:

@@ -131,7 +131,9 @@ def find(trainer: Any) -> Finding:
         finding.patches.append(AttributePatch(f"loss:{MODULE}", module, _NAME, _replacement(stock)))
     head = trainer.model.get_output_embeddings()
     if finding.patched and head is not None and _weights_rows_alike(trainer):
-        finding.patches += [_UniformHead(head.weight), *patches_of(trainer.model)]
+        finding.patches.append(_UniformHead(head.weight))
+        if not trainer.args.torch_compile:
+            finding.patches += patches_of(trainer.model)
     return finding
 
 

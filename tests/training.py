@@ -232,7 +232,6 @@ class Run:
         # Without the optimizer, which stays stock on a CPU.
         self.patched = {row.role: row.patched for row in report.rows if row.role != "optimizer"} if turbo else {}
         self.reasons = [row.reason for row in report.rows] if turbo else []
-        self.notes = list(report.notes) if turbo else []
         self.logs = trainer.state.log_history
         self.spacing = {name: torch.finfo(p.dtype).eps * p.detach().double().norm() for name, p in trained.items()}
         self.updates = {name: p.detach().double() - before[name] for name, p in trained.items()}

@@ -5,6 +5,7 @@ That all gradients of all families are no further from fp64 than stock's is test
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -22,6 +23,7 @@ FAMILIES = ["qwen3", "gemma3", "qwen3-moe"]
 def off_again():
     yield
     hf_turbo.disable()
+    assert qk_norms._HERE.attention is None
     assert not qk_norms._HERE.waiting
 
 
@@ -52,7 +54,6 @@ def test_both_in_one_call(family, checkpointed, calls):
     with torch.no_grad():
         model.eval()(**batch())
     hf_turbo.disable()
-    assert not qk_norms._PARTS
     calls.clear()
     model.train()
     assert_as_stock(loss_and_gradients(model, batch()), expected)
@@ -81,15 +82,53 @@ def test_a_norm_with_a_hook_is_called_as_in_stock(which, calls):
     torch.testing.assert_close(seen[1], seen[0])
 
 
-def test_the_function_behind_was_replaced_since(calls, monkeypatch):
+def by_lambda(stock: Any) -> Any:
+    return lambda *args, **kwargs: stock(*args, **kwargs)
+
+
+def by_wraps_of_copies(stock: Any) -> Any:
+    """Looks like ours in every attribute, and hands on tensors of its own."""
+    return functools.wraps(stock)(lambda q, k, *args, **kwargs: stock(q.clone(), k.clone(), *args, **kwargs))
+
+
+@pytest.mark.parametrize("wrap", [by_lambda, by_wraps_of_copies])
+def test_the_function_behind_was_replaced_since(wrap, calls, monkeypatch):
     model = tiny_model("qwen3")
     expected = loss_and_gradients(model, batch())
     module = sys.modules[type(model).__module__]
-    stock = module.apply_rotary_pos_emb
     hf_turbo.patch_model(model)
-    monkeypatch.setattr(module, "apply_rotary_pos_emb", lambda *args, **kwargs: stock(*args, **kwargs))
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", wrap(module.apply_rotary_pos_emb))
     assert_as_stock(loss_and_gradients(model, batch()), expected)
     assert calls == []
+
+
+def test_the_forward_of_the_layer_was_replaced_since(calls, monkeypatch):
+    model = tiny_model("qwen3")
+    expected = loss_and_gradients(model, batch())
+    stock = sys.modules[type(model).__module__].Qwen3Attention
+    seen, forward = [], stock.forward
+    hf_turbo.patch_model(model)
+    monkeypatch.setattr(stock, "forward", lambda self, *args, **kw: seen.append(1) or forward(self, *args, **kw))
+    assert_as_stock(loss_and_gradients(model, batch()), expected)
+    assert calls == []
+    assert len(seen) == len(model.model.layers)
+
+
+def test_a_norm_that_is_called_elsewhere_norms():
+    model = tiny_model("qwen3")
+    norm = model.model.layers[0].self_attn.q_norm
+    x = torch.randn(1, 2, 3, norm.weight.numel())
+    expected = norm(x)
+    hf_turbo.patch_model(model)
+    torch.testing.assert_close(norm(x), expected)
+
+
+def test_a_norm_that_is_left_out_is_an_error(calls, monkeypatch):
+    model = tiny_model("qwen3")
+    hf_turbo.patch_model(model)
+    monkeypatch.setattr(qk_norms, "_is_view", lambda *args: False)
+    with pytest.raises(RuntimeError, match=r"q_norm, k_norm of Qwen3Attention waited.*rope=False"):
+        model(**batch())
 
 
 def test_what_cannot_be_rotated_here_is_normed_first(calls, monkeypatch):
@@ -102,6 +141,7 @@ def test_what_cannot_be_rotated_here_is_normed_first(calls, monkeypatch):
 
 
 def test_a_layer_that_failed_in_between_leaves_nothing_behind(calls):
+    """Not even the tensors of the pass, by which memory would stay taken."""
     model = tiny_model("qwen3")
     expected = loss_and_gradients(model, batch())
     hf_turbo.patch_model(model)
@@ -109,10 +149,6 @@ def test_a_layer_that_failed_in_between_leaves_nothing_behind(calls):
     handle = attention.v_proj.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(MemoryError))
     with pytest.raises(MemoryError):
         model(**batch())
-    assert set(qk_norms._HERE.waiting) == {"q_norm", "k_norm"}
+    assert not qk_norms._HERE.waiting
     handle.remove()
-    # A layer whose norms do not wait comes next: what is left is not its own.
-    for norm in (attention.q_norm, attention.k_norm):
-        norm.register_forward_hook(lambda *args: None)
     assert_as_stock(loss_and_gradients(model, batch()), expected)
-    assert len(calls) == len(model.model.layers) - 1
