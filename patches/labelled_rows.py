@@ -178,7 +178,7 @@ class _ForwardPatch(Patch):
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._replacement: Callable[[], Any] = lambda: None
+        self._replacement: Any = lambda: None  # weakly
 
     def apply(self) -> None:
         model = self._model()

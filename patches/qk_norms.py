@@ -69,7 +69,7 @@ def wait(module: nn.Module, x: torch.Tensor, understood: Callable[[Any], Norm | 
 
 def take(q: Any, k: Any) -> tuple[Waiting | None, Waiting | None]:
     """What waits of queries and keys."""
-    found = []
+    found: list[Waiting | None] = []
     for name, view in zip(_NORMS, (q, k), strict=True):
         waiting = _HERE.waiting.get(name)
         if waiting is not None and isinstance(view, torch.Tensor) and _is_view(view, waiting.x):

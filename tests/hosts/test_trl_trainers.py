@@ -162,8 +162,11 @@ def test_sft_with_a_trained_head(rows, seam_calls, tmp_path):
     assert_head_gradient_in_forward(rows, seam_calls)
 
 
-@pytest.mark.parametrize("writes", [False, True], ids=["as fetched", "written to since"])
-@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, lora_dropout=0.0, task_type="CAUSAL_LM")], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("writes", "peft"),
+    [(False, None), (True, LoraConfig(r=4, lora_dropout=0.0, task_type="CAUSAL_LM"))],
+    ids=["full, as fetched", "lora, written to since"],
+)
 def test_labelled_rows_are_found_when_batches_are_fetched(peft, writes, monkeypatch, seam_calls, tmp_path):
     """Or, of labels that a training step changes, by TRL. No row at all is labelled in one micro-batch of the four."""
     monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: True, raising=False)

@@ -77,7 +77,7 @@ def test_as_exact_as_modelling_code(device, blocks, dtype, lengths, window, soft
         pytest.skip("parted by itself")
     is_both = softcap is not None and with_sinks
     if is_interpreted(device) and not (
-        is_both if sum(lengths) > 100 or dtype == torch.float16 else blocks != "one batch"
+        is_both and dtype != torch.float32 if sum(lengths) > 100 or dtype == torch.float16 else blocks != "one batch"
     ):
         pytest.skip("interpreting takes seconds: all of it runs on GPUs")
     tokens, scale = sum(lengths), 0.5
@@ -193,7 +193,7 @@ def test_which_way(device, monkeypatch):
         assert calls.pop() == way
 
 
-@pytest.mark.parametrize("lengths", [[1, 9, 0, 4, 4, 30], [48], [0, 0, 5]])
+@pytest.mark.parametrize("lengths", [[1, 9, 0, 20]])
 def test_lengths_that_the_device_alone_knows(device, monkeypatch, lengths):
     """As in a CUDA graph: the same bits, with room for more documents, and anew when `starts` is written to."""
     if not capped_attention.use_triton(torch.empty(0, device=device)):

@@ -245,6 +245,7 @@ def run(model: nn.Module, inputs: dict[str, torch.Tensor], autocast: bool = Fals
     return {"logits": outputs.logits.detach(), "embedded": embedded[0].grad, **gradients}
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 def test_no_further_from_fp64_than_stock(case, ran):
     @cache

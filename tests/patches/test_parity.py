@@ -289,6 +289,8 @@ def test_checkpointing(family, use_reentrant, api, precision, monkeypatch):
     """Recomputed layers run fused as well, and give the bits that they gave without recomputation."""
     if not hasattr(PreTrainedModel, api):
         pytest.skip(f"this transformers has no {api} yet")
+    if api == "activation_checkpointing_enable" and precision != "fp32":
+        pytest.skip("another name for what is tested in all precisions")
     calls = []
     names = (norm_patches, "rms_norm", 1), (layer_patches, "add_rms_norm", 1), (rope_patches, "qk_norm_rope", 2)
     for module, name, norms in names:
