@@ -178,7 +178,7 @@ class _ForwardPatch(Patch):
 
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
-        self._replacement: Any = lambda: None  # weakly
+        self._replacement: Callable[[], Any] = lambda: None  # weakly
 
     def apply(self) -> None:
         model = self._model()
@@ -193,7 +193,8 @@ class _ForwardPatch(Patch):
         _PATCHED.add(model)
 
     def revert(self) -> bool:
-        model, replacement = self._model(), self._replacement()
+        model = self._model()
+        replacement: Any = self._replacement()
         if model is None or replacement is None:
             return True
         _PATCHED.discard(model)
