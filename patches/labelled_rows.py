@@ -179,6 +179,7 @@ class _ForwardPatch(Patch):
     def __init__(self, model: nn.Module):
         self._model = weakref.ref(model)
         self._replacement: Callable[[], Any] = lambda: None  # weakly
+        self._stock: Callable[[], Any] = lambda: None
 
     def apply(self) -> None:
         model = self._model()
@@ -187,19 +188,17 @@ class _ForwardPatch(Patch):
             return
         replacement: Any = _make_forward(stock, _closure(stock))
         look_like(replacement, stock)
-        replacement._hf_turbo_stock = stock
         model.forward = types.MethodType(replacement, model)
-        self._replacement = weakref.ref(replacement)
+        self._replacement, self._stock = weakref.ref(replacement), weakref.ref(stock)
         _PATCHED.add(model)
 
     def revert(self) -> bool:
-        model = self._model()
-        replacement: Any = self._replacement()
-        if model is None or replacement is None:
+        model, replacement, stock = self._model(), self._replacement(), self._stock()
+        if model is None or replacement is None or stock is None:
             return True
         _PATCHED.discard(model)
         if getattr(vars(model).get("forward"), "__func__", None) is replacement:
-            model.forward = types.MethodType(replacement._hf_turbo_stock, model)
+            model.forward = types.MethodType(stock, model)
             return True
         # Accelerate has wrapped it, and keeps what it wraps. Without notes it is TRL's own.
         return getattr(vars(model).get("_original_forward"), "__func__", None) is replacement
