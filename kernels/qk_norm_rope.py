@@ -465,7 +465,7 @@ def qk_norm_rope(
         The rotated q and k, not in place.
     """
     if not _in_one_pass(q, k, q_weight, k_weight, cos, sin):
-        q, k = _norm_alone(q, q_weight, norm), _norm_alone(k, k_weight, norm)
+        q, k = norm_alone(q, q_weight, norm), norm_alone(k, k_weight, norm)
         rotated = rope(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         assert rotated[1] is not None
         return rotated[0], rotated[1]
@@ -477,7 +477,8 @@ def qk_norm_rope(
     return _QKNormRope.apply(q, k, *weights, cos, sin, norm, unsqueeze_dim, dtype)
 
 
-def _norm_alone(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+def norm_alone(x: torch.Tensor, weight: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """The RMSNorm of x [..., D] without a rotation."""
     eps, weight_offset, round_before_weight = norm
     return rms_norm(x, weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
 

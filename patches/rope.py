@@ -11,8 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
-from hf_turbo.kernels.qk_norm_rope import qk_norm_rope
-from hf_turbo.kernels.rms_norm import rms_norm
+from hf_turbo.kernels.qk_norm_rope import norm_alone, qk_norm_rope
 from hf_turbo.kernels.rope import rope
 from torch import nn
 
@@ -87,10 +86,7 @@ def _replacement(stock: Callable[..., Any], key: tuple[str, str]) -> Callable[..
 
 
 def _normed(x: Any, waiting: qk_norms.Waiting | None) -> Any:
-    if waiting is None:
-        return x
-    eps, weight_offset, round_before_weight = waiting.norm
-    return rms_norm(x, waiting.weight, eps, weight_offset=weight_offset, round_before_weight=round_before_weight)
+    return x if waiting is None else norm_alone(x, waiting.weight, waiting.norm)
 
 
 def find(model: nn.Module, fuses_norms: bool = True) -> Finding:
