@@ -77,7 +77,16 @@ class Training:
         Args:
             copies_fit: whether memory for 16-bit copies of weights is plainly free.
         """
-        from hf_turbo.patches import accelerate, autocast, collectives, optimizer_in_backward, prefetch, shadows
+        from hf_turbo.patches import (
+            accelerate,
+            autocast,
+            clipping,
+            collectives,
+            optimizer_in_backward,
+            optimizers,
+            prefetch,
+            shadows,
+        )
         from hf_turbo.patches import trainer as trainer_patches
 
         if self._config.bf16_weights != "as_is" and getattr(self._trainer, "is_deepspeed_enabled", False):
@@ -93,6 +102,9 @@ class Training:
         if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
             self._shadows = shadows.Shadows(copies_fit)
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
+        clip_patch = clipping.trainer_patch(self._trainer, optimizers.unwrapped)
+        if clip_patch is not None:
+            self._patches.append(clip_patch)
         if self._prefetch is not None and prefetch.patch().can_apply():
             self._patches.append(prefetch.patch())
         if self._retry is not None or self._prefetch is not None:
@@ -193,11 +205,12 @@ class Training:
         return [model for model in self.models if self.has_patched(role, model)]
 
     def _around_step(self, trainer: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        from hf_turbo.patches import head, padding
+        from hf_turbo.patches import clipping, head, padding
         from hf_turbo.patches.engine import is_live
 
         if trainer is not self._trainer or not is_live():  # another one of the same class
             return call(*args, **kwargs)
+        clipping.settle()  # where no step came
         with (
             nullcontext() if self._shadows is None else self._shadows.training_step(trainer.accelerator.sync_gradients),
             padding.training_step(self._patched_models("padding"), self._masks_reference),
@@ -323,8 +336,9 @@ class Training:
 
     def end(self) -> list[str]:
         """Puts everything back; what is worth a note in the report."""
-        from hf_turbo.patches import checkpointing, padding
+        from hf_turbo.patches import checkpointing, clipping, padding
 
+        clipping.settle()  # where the script ended before a step
         self.revert()
         self._listen()
         if self._retry is not None:

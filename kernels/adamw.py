@@ -75,6 +75,7 @@ from ._bf16_weights import (
 )
 from ._launch import cdiv, launch, use_triton
 from ._multi_tensor import addresses_of, are_aligned, chunk_table, pointer_at, triton_dtype, upload
+from .clip_grad_norm import scaled
 
 BLOCK = 256  # elements that share an absmax
 
@@ -288,6 +289,15 @@ def _new_param(param, m, root, factors, DECAY_LAST: tl.constexpr):
 
 
 @triton.jit
+def _load_grad(address, start, element, mask, scale_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
+    """float32; scaled, if there is a scale, and rounded as clipping would have written it."""
+    grad = tl.load(pointer_at(address, GRAD, ALIGNED) + start + element, mask=mask, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        grad = (grad * tl.load(scale_ptr)).to(GRAD).to(tl.float32)
+    return grad
+
+
+@triton.jit
 def _load_param(pointers, start, element, mask, PARAM: tl.constexpr, ALIGNED: tl.constexpr, REMAINDER: tl.constexpr):
     """float32; with REMAINDER the master."""
     address = tl.load(pointers)
@@ -334,6 +344,7 @@ def _update_kernel(
     uploads_ptr,
     factors_ptr,
     keys_ptr,
+    scale_ptr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     STATE: tl.constexpr,
@@ -354,13 +365,12 @@ def _update_kernel(
     factors = factors_ptr + tensor * 8
     m_ptr = pointer_at(tl.load(pointers + 1), STATE, ALIGNED) + start
     v_ptr = pointer_at(tl.load(pointers + 2), STATE, ALIGNED) + start
-    grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
     rest = tl.minimum(tl.load(pointers + 3) - start, CHUNK).to(tl.int32)
     if ALIGNED:
         rest = tl.multiple_of(rest, 16)
     element = tl.arange(0, CHUNK)
     mask = element < rest
-    grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    grad = _load_grad(grad_address, start, element, mask, scale_ptr, GRAD, ALIGNED)
     m = tl.load(m_ptr + element, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + element, mask=mask, other=0.0).to(tl.float32)
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
@@ -416,6 +426,7 @@ def _update_8bit_kernel(
     uploads_ptr,
     factors_ptr,
     keys_ptr,
+    scale_ptr,
     map1_ptr,
     map2_ptr,
     ends1_ptr,
@@ -441,7 +452,6 @@ def _update_8bit_kernel(
     factors = factors_ptr + tensor * 8
     code1_ptr = pointer_at(tl.load(pointers + 1), tl.uint8, ALIGNED) + start
     code2_ptr = pointer_at(tl.load(pointers + 2), tl.uint8, ALIGNED) + start
-    grad_ptr = pointer_at(grad_address, GRAD, ALIGNED) + start
     absmax1_ptr = pointer_at(tl.load(pointers + 4), tl.float32, False) + start // BLOCK_SIZE
     absmax2_ptr = pointer_at(tl.load(pointers + 5), tl.float32, False) + start // BLOCK_SIZE
     rest = tl.minimum(tl.load(pointers + 3) - start, CHUNK).to(tl.int32)
@@ -453,7 +463,7 @@ def _update_8bit_kernel(
     element = tl.arange(0, CHUNK)
     mask = element < rest
     value = tl.arange(0, 256)
-    grad = tl.load(grad_ptr + element, mask=mask, other=0.0).to(tl.float32)
+    grad = _load_grad(grad_address, start, element, mask, scale_ptr, GRAD, ALIGNED)
     code1 = tl.load(code1_ptr + element, mask=mask, other=0).to(tl.int32)
     code2 = tl.load(code2_ptr + element, mask=mask, other=0).to(tl.int32)
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
@@ -583,6 +593,7 @@ class MultiTensorAdamW:
         rates: Sequence[Rates],
         steps: Sequence[float] | float | None = None,
         addresses: list[int] | None = None,
+        scale: torch.Tensor | None = None,
     ) -> None:
         """One step in place. The version counters of what is written are the caller's to bump.
 
@@ -593,11 +604,13 @@ class MultiTensorAdamW:
             steps: for each parameter the number of this step, where it has a gradient, or one number for all; None if
                 they are counted on the device.
             addresses: those of the gradients, 0 for None, where they are known.
+            scale: 0-dim float32, what to multiply gradients by first; they are rounded to their dtype after it. They
+                stay as they are.
         """
         if (steps is None) == (self.steps is None):
             raise ValueError("steps are counted either on the device or by the caller")
         if not self._on_triton:
-            self._reference(grads, rates, steps)
+            self._reference([g if g is None or scale is None else scaled(g, scale) for g in grads], rates, steps)
             return
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
@@ -640,6 +653,7 @@ class MultiTensorAdamW:
                 uploads,
                 self._factors,
                 self._keys,
+                scale,
                 PARAM=param,
                 GRAD=grad,
                 STATE=triton_dtype(self.exp_avgs[0].dtype),
@@ -663,6 +677,7 @@ class MultiTensorAdamW:
             uploads,
             self._factors,
             self._keys,
+            scale,
             self.blocks.map1,
             self.blocks.map2,
             first,

@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._beside import beside, may_run_beside
 from ._launch import cdiv, device_kind, launch, once_differentiable, register_op, use_triton
 from ._weights import compute_weight
 from .tied_embedding import Tie, tie_of
@@ -552,6 +553,11 @@ class _Head:
         rows = max((chunk.stop - chunk.start for chunk in self.chunks), default=0)
         self._buffer = self.hidden.new_empty((rows, weight.shape[0]))
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What the products of gradients read."""
+        return [self.hidden, self.weight_of_gradient, self._buffer]
+
     @functools.cached_property
     def weight_of_gradient(self) -> torch.Tensor:
         """The weight as `accumulate` takes it: widened once where it would be for every chunk."""
@@ -577,6 +583,10 @@ class _Gradients:
         self._parts = _parts_of(weight, wide)
         self.weight: list[torch.Tensor] = []
         self.bias: torch.Tensor | None = None
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        return [each for each in (self.hidden, *self.weight, self.bias) if each is not None]
 
     def add(self, chunk: slice, grad_logits: torch.Tensor) -> None:
         if self.hidden is not None:
@@ -622,6 +632,9 @@ class _LinearLogProb(torch.autograd.Function):
     Gradients are computed in forward, for an upstream gradient of one per row, where that is exact: for a frozen head
     whatever the upstream gradient (d log_prob_i / d hidden_i is its own row), for a trained head if `uniform` promises
     one upstream value shared by all rows. Elsewhere backward computes the logits again.
+
+    Who asks for statistics reads them before backward, on the host. So the last products, which they do not need, run
+    beside that: the device has something to do until the host is back.
     """
 
     @staticmethod
@@ -652,10 +665,17 @@ class _LinearLogProb(torch.autograd.Function):
             head = _Head(hidden, weight, bias, dtype)
             gradients = _Gradients(head, needs, weight) if ahead else None
             stats = head.hidden.new_empty((_STATISTICS, hidden.shape[0]), dtype=_accumulate_dtype(dtype))
+            ctx.is_done = None
             for chunk in head.chunks:
                 logits = head.logits(chunk)
                 stats[:, chunk] = _statistics(logits, targets[chunk], *transform, grad_scale, extras_bits)
-                if gradients is not None:
+                if gradients is None:
+                    continue
+                if chunk is head.chunks[-1] and outputs and may_run_beside(hidden):
+                    with beside([*head.tensors, *gradients.sums]) as side:
+                        gradients.add(chunk, logits)
+                    ctx.is_done = side.handed_over(gradients.sums)
+                else:
                     gradients.add(chunk, logits)
         log_prob, top, log_total, entropy, log_sum_sq_probs, mean_logits, is_top1 = stats.clone().unbind()
         ctx.save_for_backward(
@@ -685,6 +705,8 @@ class _LinearLogProb(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         # The weight's sum is large, so it is scaled in place and handed out; a second backward computes it again.
         sums, ctx.sums = ctx.sums, None
+        if ctx.is_done is not None:
+            ctx.is_done.wait()
         if sums is not None and grad_entropy is None and grad_log_prob is not None:
             upstream = grad_log_prob.to(top.dtype) * (1.0 / ctx.grad_scale)
             shared = upstream[:1].squeeze(0) if len(upstream) else upstream.new_zeros(())

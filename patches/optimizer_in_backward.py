@@ -28,10 +28,9 @@ from torch.optim import optimizer as torch_optimizer
 
 from . import accelerate, checkpointing, optimizers
 from .engine import Exactness, Finding, Patch, is_live, is_plain, once, stock_class
-from .trainer import gathers_weights, parallelism, step_conflict, watches_gradients
+from .trainer import gathers_weights, norm_conflict, parallelism, step_conflict, watches_gradients
 
 _BY_TENSOR = (AdamW, Adam, SGD)  # and bitsandbytes' AdamW
-_OF_NORM = ("_clip_grad_norm", "_get_grad_norm")  # methods of Trainer
 
 
 class StepInBackward(Patch):
@@ -179,14 +178,10 @@ def step_of(parameters: Iterable[torch.Tensor]) -> StepInBackward | None:
 
 def conflict(trainer: Any) -> str | None:
     """Why no optimizer of this trainer may step within backward, or None."""
-    accelerator, cls = trainer.accelerator, type(trainer)
-    reason = step_conflict(trainer)
+    accelerator = trainer.accelerator
+    reason = step_conflict(trainer) or norm_conflict(trainer)
     if reason is not None:
         return reason
-    for name in _OF_NORM:
-        method = getattr(cls, name, None)
-        if method is None or method.__module__.partition(".")[0] not in {"transformers", "trl"}:
-            return f"{name} is overridden by {cls.__name__}, or unknown"
     kind = gathers_weights(trainer) or parallelism(trainer)
     if kind is not None or accelerator.num_processes > 1:
         return f"{kind or 'several processes'}: gradients are added up after backward"

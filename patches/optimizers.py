@@ -1,4 +1,4 @@
-"""AdamW of torch and of bitsandbytes, and clipping by norm: a few launches for all tensors.
+"""AdamW of torch and of bitsandbytes: a few launches for all tensors.
 
 The optimizer object keeps its states, its `state_dict()` and its hooks; only `step` is overridden, by the same swap of
 classes as for modules. States are made by stock's own initialisers and have stock's format, so that a run can change
@@ -15,26 +15,23 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from hf_turbo.kernels._multi_tensor import addresses_of, are_aligned, have_addresses
 from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
-from hf_turbo.kernels.clip_grad_norm import clip_grad_norm
 from torch.optim import Optimizer
 
-from . import fingerprint, paged_optimizers
+from . import clipping, fingerprint, paged_optimizers
 from .bf16_weights import REMAINDER, Bf16Weights, Choice, has_bf16
 from .engine import (
     ClassSwap,
     Exactness,
     Finding,
-    ProcessPatch,
     is_live,
     is_plain,
     look_like,
@@ -49,25 +46,10 @@ _STOCK_STEPS = {
     "bitsandbytes.optim.optimizer:Optimizer8bit.step",
 }
 _WRAPPERS_OF_STEPS = {"torch.optim.optimizer", "torch.utils._contextlib"}  # of hooks; torch.no_grad()
-_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CELLS = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 # What is patched at present, with what is known of it. Not on the optimizers, whose attributes others read and copy.
 _PATCHED: weakref.WeakKeyDictionary[Optimizer, _Stepper] = weakref.WeakKeyDictionary()
-
-
-class _Clipped(NamedTuple):
-    """Gradients that have just been clipped: the step after it need not examine them again."""
-
-    grads: list[torch.Tensor]
-    dtypes: list[torch.dtype]
-    addresses: list[int]
-
-
-# Taken by the next step. It keeps gradients alive that are dropped without a step, so it holds small ones only: where
-# they are large, so is the update, and the host's time does not count.
-_clipped: _Clipped | None = None
-_KEEP = 1 << 28  # bytes
 
 
 class _NotUnderstood(Exception):
@@ -175,6 +157,7 @@ class _Stepper:
                 raise _NotUnderstood("it is given a closure")
             self._step(optimizer)
         except _NotUnderstood as error:
+            clipping.settle()
             reason = str(error)
             if self.weights.choice != "as_is" and has_bf16(optimizer):
                 raise RuntimeError(
@@ -186,13 +169,13 @@ class _Stepper:
         return True
 
     def _step(self, optimizer: Optimizer) -> None:
-        global _clipped
-        clipped, _clipped = _clipped, None
         is_bitsandbytes = is_of_bitsandbytes(type(optimizer))
         params = [param for group in optimizer.param_groups for param in group["params"]]
         if not params or not (params[0].is_cuda or self.on_cpu):
             raise _NotUnderstood(f"parameters on {params[0].device.type if params else 'no device'}")
-        _refuse_modes(params[0])
+        reason = clipping.modes_conflict(params[0])
+        if reason is not None:
+            raise _NotUnderstood(reason)
         if getattr(optimizer, "found_inf", None) is not None or getattr(optimizer, "grad_scale", None) is not None:
             raise _NotUnderstood("a GradScaler hands its scale to the step")
         if is_bitsandbytes:
@@ -214,6 +197,7 @@ class _Stepper:
         if plan is None or not plan.is_current(optimizer, params) or any(grads[i] is not None for i in plan.stateless):
             self._plan = None  # frees the old tables first
             plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes, self.weights)
+        clipped = clipping.for_step(given)
         addresses = self._addresses(plan, grads, given, clipped)
         tell_lost = self.weights.sample(optimizer, params)
         self.weights.begin_step(plan.remaindered)
@@ -229,12 +213,13 @@ class _Stepper:
                 some_addresses = [addresses[i] for i in bucket.indices]
             with_grad = None if len(given) == len(grads) else [grad is not None for grad in some]
             steps = bucket.next_steps(with_grad)
-            bucket.tables.update(some, rates, steps, some_addresses)
+            bucket.tables.update(some, rates, steps, some_addresses, None if clipped is None else clipped.scale)
             # Bucket by bucket: where memory runs out in a later one, versions say that the step has begun (retry.py).
             # States belong to no graph.
             indices = range(len(params)) if bucket.indices is None else bucket.indices
             torch.autograd.graph.increment_version([params[i] for i in indices if grads[i] is not None])
             bucket.count(steps, with_grad)
+        clipping.forget()
         self.weights.end_step(plan.remaindered)
         if tell_lost is not None:
             tell_lost(int(max(float(state["step"]) for state in plan.states)))
@@ -243,16 +228,11 @@ class _Stepper:
             torch.cuda.synchronize(params[0].device)
 
     def _addresses(
-        self, plan: _Plan, grads: list[torch.Tensor | None], given: list[torch.Tensor], clipped: _Clipped | None
+        self, plan: _Plan, grads: list[torch.Tensor | None], given: list[torch.Tensor], clipped: clipping.Clipped | None
     ) -> list[int]:
         """Addresses of gradients that fit their parameters, 0 where there is none."""
         complete, dtypes = len(given) == len(grads), plan.dtypes
-        if (
-            clipped is not None
-            and clipped.dtypes == dtypes
-            and all(map(is_, grads, clipped.grads))
-            and have_addresses(clipped.grads, clipped.addresses)  # or `.data =` has changed them since
-        ):
+        if clipped is not None and clipped.dtypes == dtypes and clipped.are(grads):
             return clipped.addresses
         if not complete:
             dtypes = [dtype for dtype, grad in zip(dtypes, grads, strict=True) if grad is not None]
@@ -265,13 +245,6 @@ class _Stepper:
             return addresses
         remaining = iter(addresses)
         return [0 if grad is None else next(remaining) for grad in grads]
-
-
-def _refuse_modes(param: torch.Tensor) -> None:
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        raise _NotUnderstood("something watches the operations of the step")
-    if param.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise _NotUnderstood("a CUDA graph is being captured")
 
 
 def _refuse_overrides(optimizer: Any) -> None:
@@ -304,7 +277,7 @@ def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool
     """Has stock make the states that are missing, and takes all addresses."""
     device = params[0].device
     for param in params:
-        if not is_plain(param) or param.dtype not in _DTYPES or not param.is_contiguous():
+        if not is_plain(param) or param.dtype not in clipping.DTYPES or not param.is_contiguous():
             raise _NotUnderstood(f"a parameter that is {param.dtype}, not contiguous or of a tensor subclass")
         if param.device != device:
             raise _NotUnderstood(f"parameters on {device} and on {param.device}")
@@ -390,7 +363,7 @@ def _check_state(param: torch.Tensor, state: dict[str, Any], names: tuple[str, s
             raise _NotUnderstood("states that are missing, not contiguous or of a tensor subclass")
         if tensor.device != param.device and not getattr(tensor, "is_paged", False):
             raise _NotUnderstood(f"parameters on {param.device} with states on {tensor.device}")
-    if any(t.shape != param.shape or t.dtype not in _DTYPES | {torch.uint8} for t in tensors[:2]):  # type: ignore[union-attr]
+    if any(t.shape != param.shape or t.dtype not in clipping.DTYPES | {torch.uint8} for t in tensors[:2]):  # type: ignore[union-attr]
         raise _NotUnderstood("states that do not fit their parameters")
     step = state.get("step")
     if torch.is_tensor(step):
@@ -553,81 +526,6 @@ def _scheduled_step(optimizer: Optimizer, scheduled: Any) -> Callable[..., Any]:
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------ clipping
-
-
-@functools.cache
-def _clip_patch() -> ProcessPatch:
-    """Of `torch.nn.utils.clip_grad_norm_`, for all optimizers."""
-    utils = torch.nn.utils
-    return ProcessPatch("optimizer:clip_grad_norm_", utils, "clip_grad_norm_", _make_clip(utils.clip_grad_norm_))
-
-
-def _make_clip(stock: Callable[..., Any]) -> Callable[..., Any]:
-    def clip_grad_norm_(
-        parameters: torch.Tensor | Iterable[torch.Tensor],
-        max_norm: float,
-        norm_type: float = 2.0,
-        error_if_nonfinite: bool = False,
-        foreach: bool | None = None,
-    ) -> torch.Tensor:
-        is_generator = isinstance(parameters, types.GeneratorType)
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        if is_live() and norm_type == 2 and not error_if_nonfinite and foreach is None:
-            norm = _clip(parameters, max_norm)
-            if norm is not None:
-                return norm
-        if is_generator and not parameters:
-            parameters = (parameter for parameter in parameters)  # stock warns of that
-        return stock(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-
-    return clip_grad_norm_
-
-
-def _clip(parameters: list[torch.Tensor], max_norm: float) -> torch.Tensor | None:
-    """The norm, or None where clipping is stock's."""
-    global _clipped
-    _clipped = None
-    grads: list[Any] = list(map(attrgetter("grad"), parameters))
-    classes = set(map(type, grads))
-    if type(None) in classes:
-        classes.remove(type(None))
-        grads = [grad for grad in grads if grad is not None]
-    if classes != {torch.Tensor}:
-        return None
-    stepper = _stepper_of(next(parameter for parameter in parameters if parameter.grad is not None))
-    if stepper is None or not (grads[0].is_cuda or stepper.on_cpu):
-        return None
-    dtypes = list(map(attrgetter("dtype"), grads))
-    distinct = set(dtypes)
-    if distinct - _DTYPES or len(set(map(torch.Tensor.get_device, grads))) > 1:
-        return None
-    if not all(map(torch.Tensor.is_contiguous, grads)):  # sparse ones are not either
-        return None
-    addresses = addresses_of(grads)
-    if len(set(addresses)) < len(addresses):  # stock scales a gradient that is given twice twice
-        return None
-    try:
-        _refuse_modes(grads[0])
-    except _NotUnderstood:
-        return None
-    numels = list(map(torch.Tensor.numel, grads))
-    of_all = dtypes[0] if len(distinct) == 1 else dtypes
-    norm = clip_grad_norm(grads, float(max_norm), dtypes=of_all, numels=numels, addresses=addresses)
-    torch.autograd.graph.increment_version(grads)
-    if 4 * sum(numels) <= _KEEP:
-        _clipped = _Clipped(grads, dtypes, addresses)
-    return norm
-
-
-def _stepper_of(parameter: torch.Tensor) -> _Stepper | None:
-    """That of the patched optimizer which trains the parameter."""
-    for optimizer, stepper in _PATCHED.items():
-        if any(parameter is one for group in optimizer.param_groups for one in group["params"]):
-            return stepper
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------- find
 
 
@@ -684,8 +582,8 @@ def find(
         return finding
     finding.patched = 1
     finding.patches = [_StepPatch(optimizer, _Stepper(on_cpu, note, Bf16Weights(bf16_weights, seed, note)))]
-    if _clip_patch().can_apply():
-        finding.patches.append(_clip_patch())
+    if clipping.patch().can_apply():
+        finding.patches += [clipping.patch(), clipping.Registered(optimizer, on_cpu)]
     else:
         note("torch.nn.utils.clip_grad_norm_ was replaced, and clips as it does")
     return finding

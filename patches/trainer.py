@@ -194,11 +194,20 @@ def watches_gradients(trainer: Any) -> str | None:
     return _acts_at(trainer, "on_pre_optimizer_step") or _acts_at(trainer, "on_optimizer_step")
 
 
+def norm_conflict(trainer: Any) -> str | None:
+    """Why what this trainer does for the norm of its gradients is not known, or None."""
+    for name in ("_clip_grad_norm", "_get_grad_norm"):
+        method = vars(trainer).get(name, getattr(type(trainer), name, None))
+        if getattr(method, "__module__", "").partition(".")[0] not in {"transformers", "trl"}:
+            return f"{name} is overridden by {type(trainer).__name__}, or unknown"
+    return None
+
+
 def _acts_at(trainer: Any, event: str) -> str | None:
     for callback in trainer.callback_handler.callbacks:
-        method = getattr(type(callback), event)
-        if method.__module__.partition(".")[0] not in _LIBRARIES:
-            return f"{method.__qualname__} may look at gradients or change weights"
+        method = getattr(callback, event)
+        if str(getattr(method, "__module__", None)).partition(".")[0] not in _LIBRARIES:
+            return f"{_qualname(method)} may look at gradients or change weights"
     return None
 
 

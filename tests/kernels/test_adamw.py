@@ -11,6 +11,7 @@ import triton.language as tl
 from hf_turbo.kernels import adamw
 from hf_turbo.kernels._launch import launch
 from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Rates
+from hf_turbo.kernels.clip_grad_norm import Gradients
 
 from tests.kernels.helpers import assert_as_exact_as_stock, randn
 
@@ -70,6 +71,33 @@ def test_as_exact_as_torch(device, dtype, fused, betas):
     for name, tensors in turbo.items():
         for i, tensor in enumerate(tensors):
             assert_as_exact_as_stock(f"{name} {SHAPES[i]}", tensor, stock[name][i], exact[name][i])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("factor", [0.37, 1.0, 0.0, float("nan")])
+def test_scaled_by_the_step_as_by_clipping(device, dtype, bits, factor):
+    """The same bits, and gradients that stay what they are."""
+    case, rates = make_case(device, dtype, steps=2), [Rates(1e-2, 0.9, 0.999, 1e-8, 0.1)]
+    scale, results = torch.full((), factor, device=device), []
+    for by_step in (False, True):
+        params = [param.clone() for param in case.params]
+        blocks = None
+        states = [[torch.zeros_like(param) for param in params] for _ in range(2)]
+        if bits == 8:
+            *states, blocks = make_8bit(case, bitsandbytes_maps(device))
+        tables = MultiTensorAdamW(params, *states, [0] * len(params), blocks=blocks)
+        for step, grads in enumerate(case.grads, 1):
+            given = [grad.clone() for grad in grads]
+            if not by_step:
+                Gradients(given).multiply(scale)
+            tables.update(given, rates, [float(step)] * len(params), scale=scale if by_step else None)
+            assert not by_step or all(map(torch.equal, given, grads))
+        results.append([*params, *states[0], *states[1]])
+    assert factor != 0.37 or not torch.equal(results[0][0], case.params[0])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(7.0), other.nan_to_num(7.0))
+        assert torch.equal(one.isnan(), other.isnan())
 
 
 def test_averages_do_not_drift(device):
@@ -302,6 +330,7 @@ def test_8bit_against_bitsandbytes(device, dtype):
     optim = pytest.importorskip("bitsandbytes.optim")
     if dtype == torch.float16 and device.type == "cpu":
         pytest.skip("one 16-bit dtype will do on the CPU")
+    optim.GlobalOptimManager.get_instance().initialize()  # it knows settings by ids of parameters that are gone
     maps = bitsandbytes_maps(device)
     shapes = [(16, 1024), (4096,), (40, 130)]
     case = make_case(device, dtype, shapes=shapes, steps=4)

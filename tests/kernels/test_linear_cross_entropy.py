@@ -374,6 +374,35 @@ def test_gradient_of_the_weight_is_rounded_in_place(device, monkeypatch, dtype, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+@pytest.mark.parametrize("rows", [200, 4000], ids=["one chunk", "chunks"])
+def test_last_products_beside_what_comes_next(cuda, monkeypatch, frozen, rows):
+    """The same bits, whatever takes memory in the meantime, and if there is no backward."""
+    monkeypatch.setattr(module, "_LEAST_ROWS", 256)
+    inputs, labels = operands(cuda, torch.bfloat16, rows, 512, 50_000, bias=True, frozen=frozen, masked=0.0)
+    monkeypatch.setattr(module, "may_run_beside", lambda _: False)
+
+    def results() -> list[torch.Tensor]:
+        leaves = [each.detach().requires_grad_(each.requires_grad) for each in inputs.values()]
+        hidden, weight, bias = leaves
+        asked = ("entropy", "is_top1")
+        log_prob, entropy, _, _, is_top1 = linear_log_prob(hidden, weight, labels, bias, outputs=asked, uniform=True)
+        junk = [torch.full((rows * 50_000,), float("nan"), device=cuda, dtype=torch.bfloat16) for _ in range(2)]
+        log_prob.backward(torch.full_like(log_prob, 0.3))
+        del junk
+        return [log_prob, entropy, is_top1, *(each.grad for each in leaves if each.grad is not None)]
+
+    expected = results()
+    used = []
+    monkeypatch.setattr(module, "may_run_beside", lambda _: used.append(1) or True)
+    for _ in range(3):
+        linear_log_prob(*list(inputs.values())[:2], labels, inputs["bias"], outputs=("entropy",), uniform=True)
+        for one, other in zip(results(), expected, strict=True):
+            assert torch.equal(one, other)
+    assert len(used) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_real_shape(cuda, monkeypatch, frozen):
     """More than 2^31 bytes of logits, several chunks of the default size, softcap, bf16."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", {"cuda": 512 << 20})

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from hf_turbo.kernels.adamw import MultiTensorAdamW
-from hf_turbo.patches import engine, optimizers, retry
+from hf_turbo.patches import clipping, engine, optimizers, retry
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
@@ -352,7 +352,7 @@ def test_gradient_norm_is_that_of_stock(device, patch):
 
 def test_clipping_leaves_to_stock_what_is_its_own(device, patch, monkeypatch):
     calls = []
-    monkeypatch.setattr(optimizers, "clip_grad_norm", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(clipping, "Gradients", lambda *args, **kwargs: calls.append(args))
     clip_stock = torch.nn.utils.clip_grad_norm_
     model = Model(device)
     optimizer = torch.optim.AdamW(model.groups(), lr=1e-2)
@@ -694,7 +694,7 @@ def test_loss_scaling(patch, fused):
 
 
 def test_a_clip_function_of_somebody_else_is_left_alone(patch, monkeypatch):
-    optimizers._clip_patch()
+    clipping.patch()
     mine = lambda parameters, max_norm: None  # noqa: E731
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", mine)
     notes, revert = patch(torch.optim.AdamW(Model(torch.device("cpu")).parameters()))
