@@ -61,7 +61,8 @@ class TurboConfig:
             takes with all layers recomputed.
         checkpointing: where the script checkpoints without reentrant autograd, recomputation takes less host time.
         offload: where the script checkpoints, the layers' inputs wait for backward in pinned host memory, copied beside
-            the computation; "auto" where the copies hide behind it.
+            the computation; "auto" where the copies hide behind it. Where it does not, True has one of the two products
+            that MLPs keep wait there, of as many layers as copies hide.
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
         optimizer_in_backward: the optimizer steps within backward, a bucket of gradients at a time, which are let go

@@ -314,12 +314,13 @@ class _Activation:
         self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
     ) -> tuple[Callable[[], Finding], str | None] | None:
         """How to find layers to offload, and what is against it; None where there is nothing to offload from."""
-        from hf_turbo.patches import checkpointing, host_memory
+        from hf_turbo.patches import checkpointing, host_memory, mlp
 
         from .metrics import peak_flops
-        from .policies.checkpointing import host_budget, keep_on_device_reason
+        from .policies.checkpointing import host_budget, keep_on_device_reason, layers_that_leave
 
         device = _training_device(model, trainer, by_loop)
+        is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         choice, can_copy = self.config.offload, device.type in checkpointing.COPIES
         if not (can_copy or choice is True) or model is getattr(trainer, "ref_model", None):
             return None
@@ -330,8 +331,14 @@ class _Activation:
             speeds = peak_flops(device), host_memory.link_speed(device)
             return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
 
+        def choose(bytes_per_token: list[int], flops_per_token: list[float]) -> list[bool]:
+            speeds = peak_flops(device), host_memory.link_speed(device)
+            return layers_that_leave(bytes_per_token, flops_per_token, *speeds)
+
         def find() -> Finding:
             budget = host_budget(host_memory.available(), _processes_on_host())
+            if choice is True and asked is False and not is_on:
+                return mlp.find_offload(model, choose, budget)
             return checkpointing.find_offload(model, asked=asked, why_not=why_not, budget=budget)
 
         conflict = None if can_copy else f"nothing to offload from: training on {device.type}"

@@ -336,7 +336,7 @@ class Training:
 
     def end(self) -> list[str]:
         """Puts everything back; what is worth a note in the report."""
-        from hf_turbo.patches import checkpointing, clipping, padding
+        from hf_turbo.patches import checkpointing, clipping, padding, waiting
 
         clipping.settle()  # where the script ended before a step
         self.revert()
@@ -347,6 +347,8 @@ class Training:
             self.agreement.close()
         data = None if self._prefetch is None else self._prefetch.end()
         notes = [data, padding.end_training(self.models), checkpointing.end_training(self._trainer.model)]
+        for model in self.models:
+            waiting.end_training(model)
         if self._shadows is not None:
             notes.append(self._shadows.note())
             self._shadows = None

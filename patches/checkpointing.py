@@ -93,8 +93,8 @@ def _checkpoint(
         if not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
             calls = stack.calls(index, watch is not None)
     hooks = None
-    if store is not None and _may_leave(hidden_states) and _is_plain_checkpoint(stock):
-        hooks = _to_store(store, hidden_states)
+    if store is not None and may_leave(hidden_states) and _is_plain_checkpoint(stock):
+        hooks = to_store(store, hidden_states)
     if recomputed:
         device = hidden_states.device
         output = recomputation.recompute_in_backward(stock, function, args, device, hooks, watch, calls)
@@ -123,9 +123,9 @@ def _may_keep(function: Any) -> bool:
     )
 
 
-def _to_store(store: HostStore, hidden_states: torch.Tensor) -> recomputation.Hooks:
+def to_store(store: HostStore, one: torch.Tensor) -> recomputation.Hooks:
     """Hooks that put this one tensor into the store."""
-    pointer, shape, stride = hidden_states.data_ptr(), hidden_states.shape, hidden_states.stride()
+    pointer, shape, stride = one.data_ptr(), one.shape, one.stride()
 
     def pack(tensor: torch.Tensor) -> Any:
         # By memory, not by identity: autograd hands out an alias.
@@ -136,18 +136,18 @@ def _to_store(store: HostStore, hidden_states: torch.Tensor) -> recomputation.Ho
     return pack, store.get
 
 
-def _may_leave(hidden_states: torch.Tensor) -> bool:
-    """Whether letting go of the tensor frees memory that is worth a copy."""
+def may_leave(tensor: torch.Tensor) -> bool:
+    """Whether letting go of a tensor that is kept for backward frees memory that is worth a copy."""
     return (
         torch.is_grad_enabled()
-        and hidden_states.device.type in COPIES
-        and not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
-        and is_plain(hidden_states)
-        and hidden_states.is_floating_point()
-        and hidden_states.numel() * hidden_states.element_size() >= max(MIN_BYTES, 1)
+        and tensor.device.type in COPIES
+        and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+        and is_plain(tensor)
+        and tensor.is_floating_point()
+        and tensor.numel() * tensor.element_size() >= max(MIN_BYTES, 1)
         # Gradient accumulation holds on to leaves: embeddings made to require gradients.
-        and not (hidden_states.is_leaf and hidden_states.requires_grad)
-        and fills_its_storage(hidden_states)
+        and not (tensor.is_leaf and tensor.requires_grad)
+        and fills_its_storage(tensor)
         # Hooks of the script's own (save_on_cpu, TRL's activation offloading, a checkpoint around this one) see nothing
         # that goes through inner hooks.
         and torch._C._autograd._saved_tensors_hooks_is_enabled()  # type: ignore[attr-defined]

@@ -5,9 +5,9 @@ the one that was put before it, which a backward pass asks for next. Nothing dep
 
 The host never waits for the device, so everything is ordered between streams:
 
-* A tensor is let go when `STAYING` others have been put after it. The compute stream then waits for its copy, finished
+* A tensor is let go when `staying` others have been put after it. The compute stream then waits for its copy, finished
   long since, so that the allocator, which reuses memory in the order of the compute stream, cannot reuse it too early.
-  The last `STAYING` never leave before backward asks for them, and are handed out as they are.
+  The last `staying` never leave before backward asks for them, and are handed out as they are.
 * A returning tensor is allocated on the compute stream; the copy into it waits for what is queued there, whose memory
   it may have got, and the compute stream waits for the copy before it reads the tensor, or frees it unread.
 * A host buffer is written again only after the last copy that reads it.
@@ -182,7 +182,9 @@ class _Pool:
         if self._warned:
             return
         self._warned = True
-        warnings.warn(f"hf_turbo: some layer inputs stay on the device: {why}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"hf_turbo: some of what is kept for backward stays on the device: {why}", RuntimeWarning, stacklevel=2
+        )
 
 
 class Saved:
@@ -231,8 +233,8 @@ class Saved:
     def check(self) -> None:
         if self.tensor is not None and self.tensor._version != self._version:
             raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: the "
-                f"input of a checkpointed layer, {list(self.tensor.shape)}, is at version {self.tensor._version}; "
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor kept for backward, {list(self.tensor.shape)}, is at version {self.tensor._version}; "
                 f"expected version {self._version} instead"
             )
 
@@ -287,10 +289,11 @@ class HostStore:
     Args:
         make_copies: how tensors of a device travel.
         budget: bytes of host memory to use at most; what does not fit stays on the device.
+        staying: of each device, how many tensors are on their way out, or stay, at a time.
     """
 
-    def __init__(self, make_copies: Callable[[torch.device], Copies], budget: int):
-        self._make_copies, self._pool = make_copies, _Pool(budget)
+    def __init__(self, make_copies: Callable[[torch.device], Copies], budget: int, staying: int = STAYING):
+        self._make_copies, self._pool, self._staying = make_copies, _Pool(budget), staying
         self._lanes: dict[torch.device, _Lane] = {}
 
     def put(self, tensor: torch.Tensor) -> Saved | torch.Tensor:
@@ -298,7 +301,7 @@ class HostStore:
         with _LOCK:
             lane = self._lanes.get(tensor.device)
             if lane is None:
-                lane = self._lanes[tensor.device] = _Lane(self._make_copies(tensor.device), self._pool)
+                lane = self._lanes[tensor.device] = _Lane(self._make_copies(tensor.device), self._pool, self._staying)
             return lane.put(tensor)
 
     def get(self, saved: Saved | torch.Tensor) -> torch.Tensor:
@@ -322,8 +325,8 @@ class HostStore:
 class _Lane:
     """The tensors of one device."""
 
-    def __init__(self, copies: Copies, pool: _Pool):
-        self._copies, self._pool = copies, pool
+    def __init__(self, copies: Copies, pool: _Pool, staying: int):
+        self._copies, self._pool, self._staying = copies, pool, staying
         # Weakly: what a graph has dropped must not stay for the sake of what comes after it.
         self._leaving: deque[weakref.ref[Saved]] = deque()
         self._last: Callable[[], Saved | None] = lambda: None
@@ -337,7 +340,7 @@ class _Lane:
             saved = Saved(tensor, buffer, self._copies, self._pool)
         saved.previous, self._last = self._last, weakref.ref(saved)
         self._leaving.append(weakref.ref(saved))
-        while len(self._leaving) > STAYING:
+        while len(self._leaving) > self._staying:
             leaving = self._leaving.popleft()()
             if leaving is not None:
                 leaving.let_go()

@@ -18,7 +18,7 @@ from hf_turbo.kernels.glu import glu, glu_linear, glu_packed, glu_packed_linear
 from hf_turbo.kernels.tiled_mlp import Tile, tiled_mlp
 from torch import nn
 
-from . import checkpointing, linears, lora, tiling
+from . import checkpointing, linears, lora, tiling, waiting
 from .conflicts import module_conflict
 from .engine import (
     ClassSwap,
@@ -91,9 +91,10 @@ def _make_split_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         down = self.down_proj
         if not _usable(gate, up):
             return down(self.act_fn(gate) * up)
-        if torch.is_grad_enabled() and _is_plain_linear(down, gate):
-            return glu_linear(gate, up, down.weight, down.bias, activation)
-        return down(glu(gate, up, activation))
+        with waiting.saved_by(self, up):
+            if torch.is_grad_enabled() and _is_plain_linear(down, gate):
+                return glu_linear(gate, up, down.weight, down.bias, activation)
+            return down(glu(gate, up, activation))
 
     return forward
 
@@ -115,9 +116,10 @@ def _make_packed_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if not _usable(gate_up):
             gate, up = gate_up.chunk(2, dim=-1)
             return down(up * self.activation_fn(gate))
-        if torch.is_grad_enabled() and _is_plain_linear(down, gate_up):
-            return glu_packed_linear(gate_up, down.weight, down.bias, activation)
-        return down(glu_packed(gate_up, activation))
+        with waiting.saved_by(self, gate_up):
+            if torch.is_grad_enabled() and _is_plain_linear(down, gate_up):
+                return glu_packed_linear(gate_up, down.weight, down.bias, activation)
+            return down(glu_packed(gate_up, activation))
 
     return forward
 
@@ -187,4 +189,32 @@ def find(model: nn.Module, tiled: tiling.Tiling | None = None) -> Finding:
         if tiled is not None:
             parent = layers.get(name.rpartition(".")[0])
             finding.patches.append(tiling.TilePatch(f"tiles:{name}", module, parent, tiled))
+    return finding
+
+
+def find_offload(model: nn.Module, choose: Callable[[list[int], list[float]], list[bool]], budget: int) -> Finding:
+    """Host memory for a product of some MLPs; to be asked after `find` has been applied, where nothing is checkpointed.
+
+    Args:
+        choose: given, by layer, bytes per token of that product and FLOP per token of its forward: of which it leaves.
+        budget: bytes of host memory to use at most.
+    """
+    finding = Finding("offload", "pinned host memory, MLPs", Exactness.EXACT)
+    places, sizes, flops = [], [], []
+    for layer in checkpointing.layers_of(model).values():
+        finding.found += 1
+        mlps = [module for module in layer.modules() if is_swapped(module) and projections_of(module)]
+        last = projections_of(mlps[0])[-1] if len(mlps) == 1 else None
+        if stock_class(last) is not nn.Linear:
+            finding.refuse("no gated MLP of plain linear layers, patched")
+            continue
+        places.append((mlps[0], layer))
+        sizes.append(last.out_features * last.weight.element_size())
+        flops.append(checkpointing.sizes_of(layer)[1])
+    chosen = [place for place, leaves in zip(places, choose(sizes, flops), strict=True) if leaves]
+    finding.patched = len(chosen)
+    if len(chosen) < len(places):
+        finding.refuse("copies of more would not hide behind the computation", len(places) - len(chosen))
+    if not all(waiting.waits(mlp) for mlp, _ in chosen):
+        finding.patches = [waiting.Waits(chosen, budget)]
     return finding

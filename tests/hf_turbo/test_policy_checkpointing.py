@@ -2,7 +2,12 @@
 
 import pytest
 
-from hf_turbo.policies.checkpointing import ACHIEVED_SHARE_OF_PEAK, host_budget, keep_on_device_reason
+from hf_turbo.policies.checkpointing import (
+    ACHIEVED_SHARE_OF_PEAK,
+    host_budget,
+    keep_on_device_reason,
+    layers_that_leave,
+)
 
 # FLOP/s, and bytes per second of the link to the host.
 DEVICES = {
@@ -69,3 +74,15 @@ def test_the_copy_may_take_half_the_time():
 @pytest.mark.parametrize(("available", "processes", "bytes_"), [(64, 1, 32), (64, 4, 8), (0, 8, 0), (64, 0, 32)])
 def test_processes_of_a_host_share_half_of_what_is_free(available, processes, bytes_):
     assert host_budget(available * 2**30, processes) == bytes_ * 2**30
+
+
+def test_as_many_products_leave_as_the_computation_hides():
+    """Llama-1B on an H200: a layer's copy takes 298 ns a token, its computation 176."""
+    leave = layers_that_leave([16_384] * 16, [2 * 60.8e6] * 16, 989e12, 55e9)
+    assert leave[:5] == [True, False, True, False, True]
+    assert sum(leave) == 9  # 16 * 176 / 298
+
+
+@pytest.mark.parametrize(("link", "expected"), [(1e15, 6), (1e3, 1), (None, 6)])
+def test_products_and_fast_links_slow_links_and_unknown_ones(link, expected):
+    assert sum(layers_that_leave([16_384] * 6, [1e8] * 6, 989e12, link)) == expected

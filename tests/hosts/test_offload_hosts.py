@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from hf_turbo.patches import checkpointing
+from hf_turbo.patches import checkpointing, waiting
 from peft import LoraConfig
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -185,7 +185,6 @@ def with_activation_offloading(folder: Path) -> Trainer:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda folder: plain(folder, gradient_checkpointing=False), "gradient checkpointing is off"),
         (with_activation_offloading, "TRL offloads by itself"),
         (
             lambda folder: plain(folder, gradient_checkpointing_kwargs={"offload": True}),
@@ -262,3 +261,78 @@ def test_a_plain_loop_with_accelerate(copies):
     row = next(row for row in report.rows if row.role == "offload")
     assert (row.patched, row.reason) == (0, f"{LAYERS} x acts once gradient checkpointing is on")
     assert "back 0" in copies.log
+
+
+# ------------------------------------------------------------------------------------------- without checkpointing
+
+
+def not_checkpointed(folder: Path, family: str = "llama", **more: Any) -> Trainer:
+    settings = arguments(folder, **{"gradient_accumulation_steps": 2, **more})
+    trained = tiny_model(family, num_hidden_layers=LAYERS)
+    return Trainer(trained, TrainingArguments(**settings), train_dataset=padded_rows(0, 16))
+
+
+WITH_MLP = {name: off for name, off in switched_off().items() if name != "offload"} | {"mlp": True}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_products_of_mlps_wait(copies, family, tmp_path):
+    """The same bits as with the same patches and nothing on the host."""
+    make = lambda folder: not_checkpointed(folder, family)  # noqa: E731
+    kept = train(make, tmp_path / "kept", **WITH_MLP, offload=False)
+    assert copies.log == []
+    waited = train(make, tmp_path / "waited", **WITH_MLP, offload=True)
+    out, back = ([entry for entry in copies.log if entry.startswith(way)] for way in ("out", "back"))
+    steps = len(kept[0]) - 1
+    assert len(out) == steps * 2 * LAYERS  # of two micro-batches
+    assert len(back) == steps * 2 * (LAYERS - 1)  # the last one stays
+    assert waited[0] == kept[0]
+    for name, weight in kept[1].items():
+        assert torch.equal(waited[1][name], weight), name
+
+
+def test_products_wait_beside_all_other_features(copies, tmp_path):
+    make = lambda folder: sft(folder, lora=False, gradient_checkpointing=False)  # noqa: E731
+    runs = [train(make, tmp_path / str(choice), offload=choice, report=False) for choice in (False, True)]
+    assert any(entry.startswith("back") for entry in copies.log)
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(runs[1][1][name], weight) for name, weight in runs[0][1].items())
+
+
+def test_nothing_waits_in_layers_that_come_to_be_checkpointed(copies, tmp_path):
+    class Switches(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.copied = len(copies.log)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    switches = Switches()
+    train(not_checkpointed, tmp_path, switches, **WITH_MLP, offload=True)
+    assert len(copies.log) == switches.copied > 0
+
+
+def test_no_more_products_wait_than_copies_hide(copies, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_turbo.policies.checkpointing.layers_that_leave", lambda sizes, *_: [True] + [False] * 3)
+    trainer = not_checkpointed(tmp_path, max_steps=1)
+    with hf_turbo.session(**WITH_MLP, offload=True) as report:
+        trainer.train()
+        store, _ = waiting._PLACES[trainer.model.model.layers[0].mlp]
+        gc.collect()
+        assert store.bytes == 0
+    (row,) = [row for row in report.rows if row.role == "offload"]
+    assert (row.patched, row.found) == (1, LAYERS)
+    assert "would not hide" in row.reason
+    assert not any(waiting.waits(layer.mlp) for layer in trainer.model.model.layers)
+
+
+@pytest.mark.parametrize("why", ["adapters", "switched off"])
+def test_where_no_product_can_wait_there_is_a_reason(copies, tmp_path, why):
+    lora = why == "adapters"
+    trainer = sft(tmp_path, lora, gradient_checkpointing=False)
+    options = {**switched_off(), "mlp": lora, "offload": True}
+    with (
+        hf_turbo.session(**options),
+        pytest.raises(
+            RuntimeError, match=r"offload=True was asked for but cannot be had.*no gated MLP of plain linear"
+        ),
+    ):
+        trainer.train()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_turbo.patches import checkpointing, host_memory
+from hf_turbo.patches import checkpointing, host_memory, mlp
 from hf_turbo.patches.host_memory import STAYING, CudaCopies, HostStore
 from torch.autograd import DeviceType
 
@@ -200,6 +200,43 @@ def test_copies_run_beside_the_computation():
     assert (len(out), len(back)) == (5, 5 - STAYING)
     assert min(hidden.values()) > 0.9
     assert ours < 1.05 * stock
+
+
+def test_products_of_layers_that_are_not_checkpointed(monkeypatch):
+    """The same bits with one of the two in host memory, and less memory by all of them but the last."""
+    monkeypatch.setattr(checkpointing, "MIN_BYTES", 0)
+    layers, inputs = 6, tokens(2, 2048)
+    model = llama(1024, layers)
+    model.gradient_checkpointing_disable()
+    freeze_all_but_norms(model)
+    finding = mlp.find(model)
+    for patch_ in finding.patches:
+        patch_.apply()
+
+    def peak() -> tuple[int, list[torch.Tensor]]:
+        step(model, inputs)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = [each.clone() for each in step(model, inputs)]
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, results
+
+    kept, expected = peak()
+    waits = mlp.find_offload(model, lambda sizes, _: [True] * len(sizes), 2**30)
+    assert (waits.patched, waits.found) == (layers, layers)
+    for patch_ in waits.patches:
+        patch_.apply()
+    try:
+        waited, results = peak()
+    finally:
+        for patch_ in reversed([*finding.patches, *waits.patches]):
+            patch_.revert()
+    assert all(map(torch.equal, results, expected))
+    size = 2 * 2048 * 3 * 1024 * 2
+    print(f"peak {kept / MIB:.0f} MiB kept, {waited / MIB:.0f} MiB waiting, {layers} of {size / MIB:.0f} MiB")
+    # The last one stays, one leaves, one returns.
+    assert kept - waited >= (layers - 3) * size
 
 
 def length(event: Any) -> float:

@@ -190,7 +190,7 @@ def test_tensors_outlive_their_store(setting):
 def test_what_the_host_cannot_hold_stays_on_the_device():
     setting = Setting(budget=2 * 1024)
     tensors = values(5)
-    with pytest.warns(RuntimeWarning, match="some layer inputs stay on the device") as warned:
+    with pytest.warns(RuntimeWarning, match="some of what is kept for backward stays on the device") as warned:
         saved = put_all(setting.store, tensors)
     assert len(warned) == 1
     assert [isinstance(s, Saved) for s in saved] == [True, True, False, False, False]
