@@ -134,6 +134,7 @@ class Workload:
         nf4: base weights quantised to NF4 with double quantisation (QLoRA).
         checkpointing: gradient checkpointing of every layer.
         optim, max_grad_norm: as in `TrainingArguments`. learning_rate: constant.
+        logging_steps: 1 to compare every loss, for which the host waits at every step; TRL's own is 10.
         config: changes to the model's config.
     """
 
@@ -153,6 +154,7 @@ class Workload:
     optim: str = "adamw_8bit"
     learning_rate: float = 2e-5
     max_grad_norm: float = 1.0
+    logging_steps: int = 1
     config: dict[str, Any] = field(default_factory=dict)
 
     def model_config(self) -> dict[str, Any]:

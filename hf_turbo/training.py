@@ -82,6 +82,7 @@ class Training:
             autocast,
             clipping,
             collectives,
+            host_copies,
             optimizer_in_backward,
             optimizers,
             prefetch,
@@ -107,6 +108,8 @@ class Training:
             self._patches.append(clip_patch)
         if self._prefetch is not None and prefetch.patch().can_apply():
             self._patches.append(prefetch.patch())
+        if self._prefetch is not None and host_copies.patch().can_apply():
+            self._patches.append(host_copies.patch())
         if self._retry is not None or self._prefetch is not None:
             self._patches.append(accelerate.optimizer_patch(self._around_optimizer))
             if self._board is not None:

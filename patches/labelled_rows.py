@@ -2,9 +2,9 @@
 
 The models of TRL's SFTTrainer score labelled rows alone, `hidden_states[labels != -100]`. How many these are only the
 device knows, so the host waits for it: in front of the head, and again in backward, where what was spread over all rows
-is gathered; the device then waits for the host. Here the rows are found where the host waits anyway, between two steps,
-and noted beside the labels. A forward that is given labels without a note, or anything else that is not understood, is
-TRL's own.
+is gathered; the device then waits for the host. Here the rows are found between two steps, where the host knows the
+labels (host_copies.py) or waits anyway, and noted beside the labels. A forward that is given labels without a note, or
+anything else that is not understood, is TRL's own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from hf_turbo.kernels.linear_cross_entropy import select_rows
 from torch import nn
 
+from . import host_copies
 from .engine import Patch, is_live, is_plain, look_like
 
 MODULE = "trl.trainer.utils"
@@ -76,11 +77,15 @@ def note(batches: list[Any]) -> None:
             continue
         if not passes_labelled_rows_only(labels.device):
             continue
-        labelled = labels != _IGNORED
+        values = host_copies.known(labels)
+        values = labels if values is None else values
+        labelled = values != _IGNORED
         labelled[:, :1] = False  # the first of a row is predicted by nothing
         places = labelled.flatten().nonzero().squeeze(-1)
-        targets = labels.flatten().index_select(0, places)
-        _NOTES[id(labels)] = _Rows(_reference(labels), labels._version, places - 1, targets)
+        found = torch.stack([places - 1, values.flatten().index_select(0, places)])
+        if found.device != labels.device:
+            found = (found.pin_memory() if labels.is_cuda else found).to(labels.device, non_blocking=True)
+        _NOTES[id(labels)] = _Rows(_reference(labels), labels._version, *found)
 
 
 def _reference(labels: torch.Tensor) -> weakref.ref[torch.Tensor]:

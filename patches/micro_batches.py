@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from hf_turbo.kernels._launch import once_differentiable
 
+from . import host_copies
+
 # On a GPU the tokens of a pass are filled up to a multiple of this. Kernels are compiled apart for numbers that divide
 # by 16 and for those that do not: seconds in the middle of a training. And memory is reused where sizes come again.
 GRAIN = {"cuda": 64}
@@ -327,8 +329,8 @@ def foresee(batch: Any) -> MicroBatch | None:
         return None
     return MicroBatch(
         (ids.shape[0], ids.shape[1]),
-        None if mask is None else mask.cpu(),
-        None if positions is None else positions.cpu(),
+        None if mask is None else host_copies.of(mask),
+        None if positions is None else host_copies.of(positions),
         ids.device,
         inputs,
     )
@@ -341,5 +343,6 @@ def labels_on_padding(batch: Any) -> bool:
         return False
     if labels.ndim != 2:
         return False
+    labels, mask = map(host_copies.of, (labels, mask))
     padding = mask == 0
     return bool(((labels != -100)[:, 1:] & padding[:, :-1]).any())

@@ -205,7 +205,7 @@ def find_offload(model: nn.Module, choose: Callable[[list[int], list[float]], li
         finding.found += 1
         mlps = [module for module in layer.modules() if is_swapped(module) and projections_of(module)]
         last = projections_of(mlps[0])[-1] if len(mlps) == 1 else None
-        if stock_class(last) is not nn.Linear:
+        if last is None or stock_class(last) is not nn.Linear:
             finding.refuse("no gated MLP of plain linear layers, patched")
             continue
         places.append((mlps[0], layer))

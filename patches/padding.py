@@ -31,7 +31,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import attention_seams, checkpointing, device_memory, graphs, kept_layers, padding_conflicts, sharded, varlen
+from . import (
+    attention_seams,
+    checkpointing,
+    dense_masks,
+    device_memory,
+    graphs,
+    kept_layers,
+    padding_conflicts,
+    sharded,
+    varlen,
+)
 from .deepspeed import is_of_zero
 from .engine import (
     ClassSwap,
@@ -191,7 +201,7 @@ def _make_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
         if claimed is not None and not claimed[0].is_computed:
             claimed = _computed(self, stock, kwargs, rest, claimed, state)
         if claimed is None:
-            return stock(self, **kwargs)
+            return stock(self, **_with_dense_mask(kwargs, state))
         computed, place = claimed
         output = computed.hand_out(place)
         if place and state.step is not None and state.step.is_collective:
@@ -222,6 +232,16 @@ def _claim(backbone: Any, kwargs: dict[str, Any], rest: dict[str, Any], state: _
     is_recorded = state.graphs is not None and not state.graphs.reason
     is_slow = state.attention == "eager" and micro_batches[0].device.type in _EAGER_IS_SLOW
     return claimed if is_recorded or is_slow else None
+
+
+def _with_dense_mask(kwargs: dict[str, Any], state: _State) -> dict[str, Any]:
+    """The arguments of a call that stock computes: with a mask that is known to mask nothing, it says so."""
+    mask = kwargs.get("attention_mask")
+    if not (is_live() and state.in_step and type(mask) is torch.Tensor and mask.ndim == 2):
+        return kwargs
+    if not any(each.is_dense and each.is_called_with(kwargs) for each in state.foreseen):
+        return kwargs
+    return {**kwargs, "attention_mask": dense_masks.dense(mask)}
 
 
 def _without_gradients(
