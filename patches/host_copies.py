@@ -1,9 +1,12 @@
-"""What is in a batch, read on the host without waiting for the device.
+"""Batches are sent, and what is in them is read on the host, without waiting for the device.
 
 DataLoaders make batches on the CPU, and accelerate sends them. Whoever asks for lengths or labels of what was sent
 waits for the device, which has the last step to finish, and then has nothing to do until the host is back. So of the
 small tensors that are asked for, copies are taken as they are sent; not the tensors themselves, which a collator may
 fill anew. A tensor that was written to since is read from the device.
+
+Accelerate itself waits until a batch has arrived, behind all that the device has to do, unless it is told not to
+(`non_blocking`). Where the DataLoader is known to have pinned tensors of this batch alone, nobody needs to.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import prefetch
 from .engine import ProcessPatch, is_live
 
 _NAMES = ("attention_mask", "position_ids", "labels")
@@ -46,17 +50,29 @@ def of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cpu() if values is None else values
 
 
-def _note(made: Any, sent: Any) -> None:
-    if not (isinstance(made, Mapping) and isinstance(sent, Mapping)):
-        return
-    for name in _NAMES:
-        one, other = made.get(name), sent.get(name)
-        if type(one) is not torch.Tensor or type(other) is not torch.Tensor or one is other:
+def _tensors(batch: Any) -> dict[str, torch.Tensor]:
+    """Those that are asked for."""
+    found = {name: batch.get(name) for name in _NAMES} if isinstance(batch, Mapping) else {}
+    return {name: each for name, each in found.items() if type(each) is torch.Tensor}
+
+
+def _note(made: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> None:
+    for name in made.keys() & sent.keys():
+        one, other = made[name], sent[name]
+        if one is other:
             continue
         if one.device.type == "cpu" and one.shape == other.shape and one.nbytes <= _MOST_BYTES:
             if other.is_inference():  # whether it is written to is not known
                 continue
             _COPIES[id(other)] = _Copy(_reference(other), other._version, one.detach().clone())
+
+
+def _need_not_wait(batch: Any) -> bool:
+    """Whether a batch lies where nobody writes until it is sent: torch looks after pinned memory that is let go of."""
+    training = prefetch.watching()
+    if training is None or not training.knows_batches or not isinstance(batch, Mapping):
+        return False
+    return all(not isinstance(each, torch.Tensor) or each.is_pinned() for each in batch.values())
 
 
 def _reference(sent: torch.Tensor) -> weakref.ref[torch.Tensor]:
@@ -66,9 +82,13 @@ def _reference(sent: torch.Tensor) -> weakref.ref[torch.Tensor]:
 
 def _make_send(stock: Callable[..., Any]) -> Callable[..., Any]:
     def send_to_device(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_live():
+            return stock(tensor, *args, **kwargs)
+        if kwargs.get("non_blocking") is False and _need_not_wait(tensor):
+            kwargs["non_blocking"] = True
+        made = _tensors(tensor)  # before some batches, which send what they hold
         sent = stock(tensor, *args, **kwargs)
-        if is_live():
-            _note(tensor, sent)
+        _note(made, _tensors(sent))
         return sent
 
     return send_to_device

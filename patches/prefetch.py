@@ -60,6 +60,11 @@ class Prefetch:
         self._iterator: weakref.ref[Any] | None = None
         self._of_iterator = self._watched = 0
 
+    @property
+    def knows_batches(self) -> bool:
+        """Whether what fetches them is known, and makes new tensors for each."""
+        return self.against is None and self._watched >= _WATCHED
+
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Around the fetching of a step's batches: what is asked for them."""
@@ -89,7 +94,7 @@ class Prefetch:
     def fetch(self) -> None:
         """Fetches the batches of the next step, after the optimizer's step has been launched."""
         iterator = None if self._iterator is None else self._iterator()
-        if self.against is not None or self._watched < _WATCHED or iterator is None or _NEXT in vars(iterator):
+        if not self.knows_batches or iterator is None or _NEXT in vars(iterator):
             return
         state = self._trainer.state
         if state.global_step + 1 >= state.max_steps:  # the present step is not counted yet
@@ -120,6 +125,11 @@ class Prefetch:
             until = f", and then no more: {self.against}" if self.against else ""
             return f"data: {self.early} of {self.fetched} batches were fetched while the device computed{until}"
         return f"data: batches are fetched between steps: {self.against}" if self.against and self.fetched else None
+
+
+def watching() -> Prefetch | None:
+    """That of the training whose batches this thread is fetching."""
+    return _HERE.watching
 
 
 def _returns(batch: Any) -> Callable[[], Any]:

@@ -6,13 +6,14 @@ import gc
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import data_loader
-from hf_turbo.patches import dense_masks, engine, host_copies, labelled_rows, micro_batches
-from transformers import Trainer, TrainingArguments
+from hf_turbo.patches import dense_masks, engine, host_copies, labelled_rows, micro_batches, prefetch
+from transformers import BatchEncoding, Trainer, TrainingArguments
 
 import hf_turbo
 from tests.models import VOCABULARY, tiny_model
@@ -79,6 +80,28 @@ def test_nothing_is_noted_where_nothing_is_patched():
 def test_any_batch_can_be_sent(noting, value):
     sent = data_loader.send_to_device(value, "cpu")
     assert type(sent) is type(value)
+
+
+def test_batches_that_send_what_they_hold(noting):
+    made = BatchEncoding(batch())
+    sent = data_loader.send_to_device(made, "meta")
+    assert sent is made
+    assert host_copies.known(sent["attention_mask"]).tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("knows", [True, False, None])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_nobody_waits_for_pinned_tensors_of_known_batches(noting, monkeypatch, knows, pinned):
+    """Whatever else accelerate is told stays."""
+    asked = []
+    send = host_copies._make_send(lambda tensor, *args, **kwargs: asked.append(kwargs) or tensor)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: pinned)
+    training = None if knows is None else SimpleNamespace(knows_batches=knows)
+    monkeypatch.setattr(prefetch._HERE, "watching", training)
+    send({**batch(), "text": "a"}, "meta", non_blocking=False, skip_keys=["x"])
+    send(batch(), "meta")
+    send([torch.ones(2)], "meta", non_blocking=False)
+    assert asked == [{"non_blocking": knows is True and pinned, "skip_keys": ["x"]}, {}, {"non_blocking": False}]
 
 
 def test_labelled_rows_of_what_is_known(noting, monkeypatch):
