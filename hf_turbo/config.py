@@ -66,8 +66,8 @@ class TurboConfig:
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
         optimizer_in_backward: the optimizer steps within backward, a bucket of gradients at a time, which are let go
-            of then: gradients of full fine-tuning never stand in memory all at once. For `Trainer` and its kin, with
-            `max_grad_norm=0` and without gradient accumulation, in one process.
+            of then: gradients of full fine-tuning never stand in memory all at once. For `Trainer` and its kin, without
+            gradient accumulation, in one process. Unless `max_grad_norm` is 0, backward is gone through twice.
         bf16_weights: what AdamW of torch or bitsandbytes trains bf16 weights with. "as_is": updates smaller than what a
             weight is rounded to are lost, and the report says how many. "exact_master": each weight and 16 more bits
             are together the fp32 weight of an fp32 run, and torch's averages are fp32, too. "stochastic_rounding":

@@ -14,13 +14,17 @@ Trainer logs the norm of all gradients. Those of single tensors are noted as the
 the same operations. (It has no second use with `max_grad_norm=0`, but for one: where it is infinite or NaN, stock
 multiplies all gradients by NaN. Here the weights become NaN that the bad gradients belong to, and with them the rest in
 the next step.)
+
+Clipping needs that norm before the first gradient is used. So backward is gone through twice: the first time gradients
+are let go of as soon as their norms are known, the second time they are scaled, and used.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -31,6 +35,14 @@ from .engine import Exactness, Finding, Patch, is_live, is_plain, once, stock_cl
 from .trainer import gathers_weights, norm_conflict, parallelism, step_conflict, watches_gradients
 
 _BY_TENSOR = (AdamW, Adam, SGD)  # and bitsandbytes' AdamW
+
+
+class _Clipped(NamedTuple):
+    """What the gradients of a step were clipped to, their norm before, and what scales them."""
+
+    max_norm: float
+    norm: torch.Tensor
+    scale: torch.Tensor
 
 
 class StepInBackward(Patch):
@@ -52,6 +64,8 @@ class StepInBackward(Patch):
         self._bytes = 0  # of their gradients
         self._norms: dict[int, torch.Tensor] = {}  # of the gradients that are gone, by id of the parameter
         self._step = -1  # of the trainer, of which these are
+        self._looks = False  # at norms alone, of gradients that come again
+        self._clipped: _Clipped | None = None
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -85,14 +99,29 @@ class StepInBackward(Patch):
             self._waiting[key] = parameter
             self._bytes += parameter.grad.nbytes
         if self._bytes >= self._bucket_bytes:
-            self._step_bucket()
+            self._look_at_bucket() if self._looks else self._step_bucket()
 
     @torch.no_grad()
     def _step_bucket(self) -> None:
-        parameters = list(self._waiting.values())
-        norms = torch._foreach_norm([each.grad for each in parameters if each.grad is not None], 2.0)
+        grads = self._gradients_of(self._waiting.values())
+        # Once they are clipped nobody asks for the norms of single ones.
+        norms = torch._foreach_norm(grads, 2.0) if self._clipped is None else [self._clipped.norm] * len(grads)
+        if self._clipped is not None:
+            torch._foreach_mul_(grads, self._clipped.scale)
         type(self._optimizer).step(self._optimizer)
-        for each in parameters:
+        self._let_go(norms)
+
+    @torch.no_grad()
+    def _look_at_bucket(self) -> None:
+        if self._waiting:
+            self._let_go(torch._foreach_norm(self._gradients_of(self._waiting.values()), 2.0, dtype=torch.float32))
+
+    @staticmethod
+    def _gradients_of(parameters: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        return [each.grad for each in parameters if each.grad is not None]
+
+    def _let_go(self, norms: Iterable[torch.Tensor]) -> None:
+        for each in self._waiting.values():
             each.grad = None
         self._norms.update(zip(self._waiting, norms, strict=True))
         self._forget_waiting()
@@ -115,23 +144,56 @@ class StepInBackward(Patch):
             )
         self._forget_waiting()
         self._norms.clear()
+        self._clipped = None
         self._step = step
         reason = "backward has options" if kwargs else self._why_not()
         if reason is not None:
             self._tell(f"optimizer_in_backward: all gradients stood in step {step + 1} or more: {reason}", of=reason)
             return call(*args, **kwargs)
+        max_norm = self._trainer.args.max_grad_norm
+        if max_norm:
+            self._clipped = self._clipped_to(float(max_norm), call, args)
+        result = self._within(lambda: call(*args))
+        standing = self._gradients_of(self.parameters)
+        if self._clipped is not None and standing:
+            torch._foreach_mul_(standing, self._clipped.scale)
+        return result
+
+    def _within(self, backward: Callable[[], Any]) -> Any:
         self._is_on = True
         try:
-            return call(*args, **kwargs)
+            return backward()
         finally:
             self._is_on = False
             self._forget_waiting()
+
+    @torch.no_grad()
+    def _clipped_to(self, max_norm: float, call: Callable[..., Any], args: Any) -> _Clipped:
+        """Goes backward for the norm of all gradients, as torch has it but for rounding those of single ones."""
+
+        def backward() -> None:
+            with torch.enable_grad():
+                call(*args, retain_graph=True)
+            self._look_at_bucket()
+
+        self._looks = True
+        try:
+            self._within(backward)
+        finally:
+            self._looks = False
+        norms = [self._norms[id(each)] for each in self._trainer.model.parameters() if id(each) in self._norms]
+        self._norms.clear()
+        wide = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        dtype = functools.reduce(torch.promote_types, {each.dtype for each in self.parameters})
+        return _Clipped(max_norm, wide.to(dtype), (max_norm / (wide + 1e-6)).clamp(max=1.0))
 
     def around_clip(self, accelerator: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Of `Accelerator.clip_grad_norm_`, by which Trainer has the norm."""
 
         def norm_of(parameters: Iterable[torch.Tensor], max_norm: float, norm_type: float = 2) -> Any:
             parameters = list(parameters)
+            if self._clipped is not None and (max_norm, norm_type) == (self._clipped.max_norm, 2):
+                return self._clipped.norm
             if not any(id(each) in self._norms for each in parameters):
                 return call(parameters, max_norm, norm_type)
             if max_norm != math.inf or norm_type != 2:
@@ -147,6 +209,7 @@ class StepInBackward(Patch):
     def _why_not(self) -> str | None:
         """Why the gradients of this backward have to stand, or None."""
         reason = _conflict_of_step(self._trainer) or _hooks_of(self._optimizer)
+        reason = reason or _clips_others(self._trainer, self.parameters)
         if reason is not None:
             return reason
         for each in self.parameters:
@@ -200,9 +263,17 @@ def _conflict_of_step(trainer: Any) -> str | None:
     """The same, of what may change in the course of a training."""
     if trainer.args.gradient_accumulation_steps > 1:
         return "gradient_accumulation_steps > 1: gradients stand until the last micro-batch"
-    if trainer.args.max_grad_norm:
-        return "clipping needs the norm of all gradients before the first is used; max_grad_norm=0 switches it off"
     return watches_gradients(trainer)
+
+
+def _clips_others(trainer: Any, parameters: list[torch.Tensor]) -> str | None:
+    """Gradients of other parameters would be added up when backward is gone through twice."""
+    known = set(map(id, parameters))
+    if trainer.args.max_grad_norm and any(
+        each.requires_grad and id(each) not in known for each in trainer.model.parameters()
+    ):
+        return "a trained weight that the optimizer does not have is clipped, too; max_grad_norm=0 switches that off"
+    return None
 
 
 def _hooks_of(optimizer: Optimizer) -> str | None:
@@ -245,7 +316,7 @@ def find(trainer: Any, optimizer: Any, bucket_bytes: int, note: Callable[[str], 
     """
     trained = [each for group in optimizer.param_groups for each in group["params"] if each.requires_grad]
     finding = Finding("optimizer_in_backward", "steps by buckets", Exactness.EXACT, found=len(trained))
-    reason = conflict(trainer) or _conflict_of_optimizer(optimizer, trainer.model)
+    reason = conflict(trainer) or _conflict_of_optimizer(optimizer, trainer.model) or _clips_others(trainer, trained)
     if reason is not None:
         finding.refuse(reason)
         return finding

@@ -179,6 +179,19 @@ def test_the_bits_of_stock(name, dtype, steps, tmp_path):
     assert all("grad_norm" in log for log in runs[0].logs[:STEPS])
 
 
+@pytest.mark.parametrize("name", ["torch", "torch-foreach", "sgd", "bnb-8bit"])
+@pytest.mark.parametrize("max_norm", [0.05, 1e9])
+def test_the_bits_of_stock_that_clips(name, max_norm, steps, tmp_path):
+    """Backward is gone through twice: for the norm, and for the steps."""
+    runs = [
+        trained(make(tmp_path, max_grad_norm=max_norm, **OPTIMIZERS[name]), **options)
+        for options in ({}, {**NOTHING_ELSE, "optimizer_in_backward": True})
+    ]
+    assert_same(*runs)
+    assert len(steps) >= 5 * STEPS
+    assert all(0.05 < log["grad_norm"] < 1e9 for log in runs[1].logs[:STEPS])
+
+
 class Uneven(nn.Module):
     """A model with a weight that is used twice, one that serves every other step, and one that never does."""
 
@@ -214,12 +227,20 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "checkpointing"),
-    [("tied", False), ("tied", True), ("frozen in part", True), ("uneven", False), ("lora", False), ("lora", True)],
+    ("name", "checkpointing", "max_norm"),
+    [
+        ("tied", False, 0.0),
+        ("tied", True, 0.05),
+        ("frozen in part", True, 0.0),
+        ("uneven", False, 0.05),
+        ("lora", False, 0.0),
+        ("lora", True, 0.05),
+    ],
 )
-def test_models(name, checkpointing, steps, tmp_path):
+def test_models(name, checkpointing, max_norm, steps, tmp_path):
+    more = {"gradient_checkpointing": checkpointing, "max_grad_norm": max_norm}
     runs = [
-        trained(make(tmp_path, MODELS[name](), gradient_checkpointing=checkpointing), **options)
+        trained(make(tmp_path, MODELS[name](), **more), **options)
         for options in ({}, {**NOTHING_ELSE, "optimizer_in_backward": True})
     ]
     assert_same(*runs)
@@ -255,14 +276,30 @@ def test_beside_all_the_rest(weights, optim, family, steps, tmp_path):
     assert all(row.patched for run in runs for row in run.report.rows if row.role in ("optimizer", "padding", "norms"))
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit"])
+def test_clipped_beside_all_the_rest(optim, steps, tmp_path):
+    """Our clipping adds the norm up in another order."""
+    more = {"optim": optim, "gradient_checkpointing": True, "learning_rate": 1e-4, "max_grad_norm": 0.05}
+    runs = [
+        trained(make(tmp_path, tiny_model("llama"), **more), **ALL, optimizer_in_backward=within)
+        for within in (False, True)
+    ]
+    for one, other in zip(runs[0].logs, runs[1].logs, strict=True):
+        assert one == pytest.approx(other, rel=1e-6)
+    for name, weight in runs[0].weights.items():
+        torch.testing.assert_close(runs[1].weights[name], weight, rtol=1e-4, atol=1e-6)
+    assert len(steps) >= 4 * STEPS
+    assert not [note for note in runs[1].report.notes if "stood" in note]
+
+
 def live_bytes(model: nn.Module) -> int:
     return sum(each.grad.nbytes for each in model.parameters() if each.grad is not None)
 
 
-@pytest.mark.parametrize("within", [False, True])
-def test_gradients_are_gone(within, tmp_path):
+@pytest.mark.parametrize(("within", "max_norm"), [(False, 0.0), (True, 0.0), (True, 0.05)])
+def test_gradients_are_gone(within, max_norm, tmp_path):
     """Whenever one comes, those that stand are less than a bucket; without it, in the end they all do."""
-    trainer, peaks = make(tmp_path), [0]
+    trainer, peaks = make(tmp_path, max_grad_norm=max_norm), [0]
     parameters = list(trainer.model.parameters())
 
     class Watch(TrainerCallback):
@@ -276,7 +313,7 @@ def test_gradients_are_gone(within, tmp_path):
     trainer.add_callback(Watch())
     trained(trainer, **{**NOTHING_ELSE, "optimizer_in_backward": within})
     total, largest = sum(each.nbytes for each in parameters), max(each.nbytes for each in parameters)
-    assert len(peaks) == 1 + STEPS * len(parameters)
+    assert len(peaks) == 1 + STEPS * len(parameters) * (2 if max_norm else 1)
     assert max(peaks) == total if not within else 0 < max(peaks) < 8_000 + largest < total / 4
 
 
@@ -369,8 +406,12 @@ def replaced_step(model: Any) -> Any:
     return optimizer
 
 
+def of_some(model: Any) -> Any:
+    return torch.optim.AdamW(list(model.parameters())[1:])
+
+
 REFUSED: dict[str, dict[str, Any]] = {
-    "max_grad_norm=0 switches it off": {"max_grad_norm": 1.0},
+    "max_grad_norm=0 switches that off": {"max_grad_norm": 1.0, "optimizer": of_some},
     "gradient_accumulation_steps > 1": {"gradient_accumulation_steps": 2},
     "training_step is overridden by Own": {"cls": Own},
     "_clip_grad_norm is overridden by Clipping": {"cls": Clipping},
@@ -446,7 +487,6 @@ def late(act: Callable[[Any], Any]) -> TrainerCallback:
 LATE: dict[str, Callable[[Any], Any]] = {
     "hooks on gradients": lambda at: at.model.lm_head.weight.register_hook(lambda grad: grad * 0.5),
     "hooks on the optimizer's step": lambda at: at.optimizer.optimizer.register_step_post_hook(lambda *_: None),
-    "max_grad_norm=0 switches it off": lambda at: setattr(at.args, "max_grad_norm", 0.01),
 }
 
 
@@ -466,6 +506,14 @@ def test_what_comes_late_makes_steps_stock(reason, steps, tmp_path):
     (note,) = [note for note in turbo.report.notes if "stood" in note]
     assert note.startswith("optimizer_in_backward: all gradients stood in step 2 or more: ")
     assert reason in note
+
+
+def test_clipping_that_comes_late(steps, tmp_path):
+    clips = lambda: [late(lambda at: setattr(at.args, "max_grad_norm", 0.01))]  # noqa: E731
+    stock = trained(make(tmp_path, callbacks=clips()))
+    turbo = trained(make(tmp_path, callbacks=clips()), **NOTHING_ELSE, optimizer_in_backward=True)
+    assert_same(stock, turbo)
+    assert len(steps) >= 5 * STEPS
 
 
 def test_weights_that_are_trained_later(steps, tmp_path):
