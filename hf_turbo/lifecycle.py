@@ -170,6 +170,8 @@ class _Activation:
             against = self._sharing_conflict("graphs", model, trainer)
             if trainer is not None and deepspeed.is_used(trainer):
                 against = against or "DeepSpeed reduces gradients by hooks, which no recording has"
+            if self.config.optimizer_in_backward:
+                against = against or "optimizer_in_backward: backward is gone through twice where gradients are clipped"
             if self.config.graphs == "auto" and (self.config.memory_budget is not None or scarce):
                 given = "memory='min_memory'" if scarce else "memory_budget is given"
                 against = against or f"recordings hold memory for good, and {given}"

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -341,7 +341,9 @@ class Training:
         """Puts everything back; what is worth a note in the report."""
         from hf_turbo.patches import checkpointing, clipping, padding, waiting
 
-        clipping.settle()  # where the script ended before a step
+        # Where the script ended before a step. On a device that has failed, the error to see is the one that says so.
+        with suppress(RuntimeError):
+            clipping.settle()
         self.revert()
         self._listen()
         if self._retry is not None:

@@ -10,9 +10,10 @@ import torch
 
 
 def may_run_beside(tensor: torch.Tensor) -> bool:
-    """Whether there are streams, and nothing records what they are given."""
+    """Whether there are streams, and nothing records what they are given, or copies what is saved for backward."""
     return (
         tensor.is_cuda
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.cuda.is_current_stream_capturing()

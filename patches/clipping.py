@@ -24,10 +24,12 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from .engine import AttributePatch, Patch, ProcessPatch, is_live, look_like
-from .trainer import norm_conflict, watches_gradients
+from .trainer import loop_conflict, norm_conflict, watches_gradients
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _CLIP = "_clip_grad_norm"  # of Trainer
+# Schedulers set a `step` on optimizers, which notes that it was called; and so does what stands in for that.
+_SCHEDULERS = ("torch.optim.lr_scheduler", "hf_turbo.patches.optimizers")
 
 # Optimizers whose gradients are clipped here, and whether on the CPU too.
 _OPTIMIZERS: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
@@ -203,9 +205,12 @@ def _optimizer_of(parameter: torch.Tensor) -> Optimizer | None:
 
 
 def _takes_all(optimizer: Any, grads: list[torch.Tensor]) -> bool:
-    """Whether the optimizer's parameters have these gradients and no others, and no hook of it could look at them."""
+    """Whether the optimizer's parameters have these gradients and no others, and nothing around its step could look at
+    them."""
+    step = vars(optimizer).get("step")
     if (
-        optimizer._optimizer_step_pre_hooks
+        (step is not None and not _is_of(step, *_SCHEDULERS))
+        or optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
         or torch_optimizer._global_optimizer_pre_hooks
         or torch_optimizer._global_optimizer_post_hooks
@@ -224,7 +229,7 @@ def trainer_patch(trainer: Any, optimizer_of: Callable[[Any], Any]) -> Patch | N
     Args:
         optimizer_of: the optimizer inside those of accelerate.
     """
-    if norm_conflict(trainer) is not None or _CLIP in vars(trainer):
+    if norm_conflict(trainer) is not None or loop_conflict(trainer) is not None or _CLIP in vars(trainer):
         return None
     owner = next(cls for cls in type(trainer).__mro__ if _CLIP in vars(cls))
     stock = vars(owner)[_CLIP]
@@ -242,10 +247,16 @@ def trainer_patch(trainer: Any, optimizer_of: Callable[[Any], Any]) -> Patch | N
 def _is_wrapped(trainer: Any) -> bool:
     """Whether the step is another than accelerate's of the optimizer alone: scaled gradients, or the script's own."""
     step = vars(trainer.optimizer).get("step")
-    if step is not None and hasattr(step, "_wrapped_by_lr_sched"):  # which notes that it was called
-        step = step.__wrapped__
-    step = type(trainer.optimizer).step if step is None else step
-    return trainer.accelerator.scaler is not None or step.__module__ != "accelerate.optimizer"
+    return (
+        trainer.accelerator.scaler is not None
+        or (step is not None and not _is_of(step, *_SCHEDULERS))
+        or not _is_of(type(trainer.optimizer).step, "accelerate.optimizer", "hf_turbo.patches.accelerate")
+    )
+
+
+def _is_of(function: Any, *modules: str) -> bool:
+    """Whether a function was written in one of these; what wraps another takes over its names."""
+    return getattr(function, "__globals__", {}).get("__name__") in modules
 
 
 @contextmanager

@@ -6,7 +6,10 @@ small tensors that are asked for, copies are taken as they are sent; not the ten
 fill anew. A tensor that was written to since is read from the device.
 
 Accelerate itself waits until a batch has arrived, behind all that the device has to do, unless it is told not to
-(`non_blocking`). Where the DataLoader is known to have pinned tensors of this batch alone, nobody needs to.
+(`non_blocking`). Where a batch is in pinned tensors of its own, nobody needs to.
+
+All this of batches from DataLoaders that are known (prefetch.py): others may send tensors that are filled later, as
+accelerate's does that hands out the batches of one process to others.
 """
 
 from __future__ import annotations
@@ -67,12 +70,11 @@ def _note(made: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> None:
             _COPIES[id(other)] = _Copy(_reference(other), other._version, one.detach().clone())
 
 
-def _need_not_wait(batch: Any) -> bool:
-    """Whether a batch lies where nobody writes until it is sent: torch looks after pinned memory that is let go of."""
-    training = prefetch.watching()
-    if training is None or not training.knows_batches or not isinstance(batch, Mapping):
-        return False
-    return all(not isinstance(each, torch.Tensor) or each.is_pinned() for each in batch.values())
+def _is_pinned(batch: Any) -> bool:
+    """Whether nobody needs to keep a batch until it is sent: torch looks after pinned memory that is let go of."""
+    return isinstance(batch, Mapping) and all(
+        not isinstance(each, torch.Tensor) or each.is_pinned() for each in batch.values()
+    )
 
 
 def _reference(sent: torch.Tensor) -> weakref.ref[torch.Tensor]:
@@ -82,9 +84,10 @@ def _reference(sent: torch.Tensor) -> weakref.ref[torch.Tensor]:
 
 def _make_send(stock: Callable[..., Any]) -> Callable[..., Any]:
     def send_to_device(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-        if not is_live():
+        training = prefetch.watching()
+        if training is None or not training.knows_batches or not is_live():
             return stock(tensor, *args, **kwargs)
-        if kwargs.get("non_blocking") is False and _need_not_wait(tensor):
+        if kwargs.get("non_blocking") is False and _is_pinned(tensor):
             kwargs["non_blocking"] = True
         made = _tensors(tensor)  # before some batches, which send what they hold
         sent = stock(tensor, *args, **kwargs)

@@ -93,7 +93,7 @@ class StepInBackward(Patch):
         if key in self._norms:
             raise RuntimeError(
                 "hf_turbo: optimizer_in_backward: a gradient came in several parts (reentrant checkpointing of shared "
-                "weights?), and the weights were changed by the first. Use optimizer_in_backward=False"
+                "weights?), and the first was used and let go of. Use optimizer_in_backward=False"
             )
         if key not in self._waiting and parameter.grad is not None:
             self._waiting[key] = parameter
@@ -154,6 +154,8 @@ class StepInBackward(Patch):
         if max_norm:
             self._clipped = self._clipped_to(float(max_norm), call, args)
         result = self._within(lambda: call(*args))
+        if not self._norms:  # all gradients stand: what comes now is stock's
+            self._clipped = None
         standing = self._gradients_of(self.parameters)
         if self._clipped is not None and standing:
             torch._foreach_mul_(standing, self._clipped.scale)
@@ -179,10 +181,11 @@ class StepInBackward(Patch):
         self._looks = True
         try:
             self._within(backward)
+            found = dict(self._norms)
         finally:
             self._looks = False
-        norms = [self._norms[id(each)] for each in self._trainer.model.parameters() if id(each) in self._norms]
-        self._norms.clear()
+            self._norms.clear()  # nothing was used
+        norms = [found[id(each)] for each in self._trainer.model.parameters() if id(each) in found]
         wide = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         dtype = functools.reduce(torch.promote_types, {each.dtype for each in self.parameters})
         return _Clipped(max_norm, wide.to(dtype), (max_norm / (wide + 1e-6)).clamp(max=1.0))
@@ -254,6 +257,8 @@ def conflict(trainer: Any) -> str | None:
         return "torch_compile is on: a compiled backward gives all gradients at once"
     if trainer.args.auto_find_batch_size:
         return "auto_find_batch_size begins again with weights that a failed step may have changed"
+    if getattr(trainer.args, "activation_offloading", False) and trainer.args.max_grad_norm:
+        return "activation_offloading is on: TRL hands out once what backward needs twice; max_grad_norm=0 is once"
     if checkpointing.is_reentrant(trainer):
         return "use_reentrant=True: gradients of shared weights come in parts; use use_reentrant=False"
     return _conflict_of_step(trainer)
@@ -322,6 +327,8 @@ def find(trainer: Any, optimizer: Any, bucket_bytes: int, note: Callable[[str], 
         return finding
     step = StepInBackward(trainer, optimizer, bucket_bytes, note)
     finding.patched = len(trained)
+    if trainer.args.max_grad_norm:  # stock has norm and scale in the dtype of the gradients
+        finding.exactness = Exactness.REASSOCIATED
     finding.patches = [
         step,
         accelerate.method_patch("backward", step.around_backward),

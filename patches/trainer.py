@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -191,7 +191,9 @@ def watches_substeps(trainer: Any) -> str | None:
 
 def watches_gradients(trainer: Any) -> str | None:
     """Which callback may act when the gradients of a step are whole, or None."""
-    return _acts_at(trainer, "on_pre_optimizer_step") or _acts_at(trainer, "on_optimizer_step")
+    # PEFT has one that weighs parameters by their gradients.
+    known = _LIBRARIES - {"peft"}
+    return _acts_at(trainer, "on_pre_optimizer_step", known) or _acts_at(trainer, "on_optimizer_step", known)
 
 
 def norm_conflict(trainer: Any) -> str | None:
@@ -203,10 +205,20 @@ def norm_conflict(trainer: Any) -> str | None:
     return None
 
 
-def _acts_at(trainer: Any, event: str) -> str | None:
+def loop_conflict(trainer: Any) -> str | None:
+    """Which part of the training loop is the script's own, or None."""
+    for name in ("_inner_training_loop", "_run_epoch"):
+        method = vars(trainer).get(name, getattr(type(trainer), name, None))
+        package = str(getattr(method, "__module__", "")).partition(".")[0]
+        if method is not None and package not in {"transformers", "trl"}:
+            return f"{name} is overridden by {type(trainer).__name__}"
+    return None
+
+
+def _acts_at(trainer: Any, event: str, known: Collection[str] = _LIBRARIES) -> str | None:
     for callback in trainer.callback_handler.callbacks:
         method = getattr(callback, event)
-        if str(getattr(method, "__module__", None)).partition(".")[0] not in _LIBRARIES:
+        if str(getattr(method, "__module__", None)).partition(".")[0] not in known:
             return f"{_qualname(method)} may look at gradients or change weights"
     return None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -370,6 +372,18 @@ def test_gradient_of_the_weight_is_rounded_in_place(device, monkeypatch, dtype, 
         assert torch.equal(actual, expected)
     assert actual.is_contiguous()
     assert actual.untyped_storage().nbytes() == (301 if dtype == torch.float32 else 192) * 48 * 4
+
+
+def test_nothing_runs_beside_what_looks_at_saved_tensors(monkeypatch):
+    """Hooks that copy them would copy what is not computed yet."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert module.may_run_beside(on_gpu)
+    assert not module.may_run_beside(torch.ones(1))
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: each, lambda each: each):
+        assert not module.may_run_beside(on_gpu)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not module.may_run_beside(on_gpu)
 
 
 @pytest.mark.gpu

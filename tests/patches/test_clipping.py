@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import weakref
 from collections.abc import Iterator
@@ -113,8 +114,44 @@ def frozen_late(trainer: Trainer) -> None:
     trainer.optimizer.param_groups[0]["params"].pop()
 
 
+class OwnLoop(Trainer):
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        return super()._inner_training_loop(*args, **kwargs)
+
+
+class Wraps(TrainerCallback):
+    """A logger of gradients, say, around a step."""
+
+    def __init__(self, inner: bool):
+        self.inner = inner
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        around = optimizer.optimizer if self.inner else optimizer
+        stock = around.step
+        around.step = functools.wraps(stock)(lambda *args, **kwargs: stock(*args, **kwargs))
+
+
+class OfPeft(TrainerCallback):
+    """As PEFT has one, which weighs parameters by their gradients."""
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    on_optimizer_step.__module__ = "peft.tuners.adamss.asa_callback"
+
+
 @pytest.mark.parametrize(
-    ("cls", "prepare"), [(Overrides, None), (Trainer, hooked), (Trainer, frozen_late)], ids=["norm", "hook", "others"]
+    ("cls", "prepare"),
+    [
+        (Overrides, None),
+        (OwnLoop, None),
+        (Trainer, hooked),
+        (Trainer, frozen_late),
+        (Trainer, lambda trainer: trainer.add_callback(Wraps(inner=True))),
+        (Trainer, lambda trainer: trainer.add_callback(Wraps(inner=False))),
+        (Trainer, lambda trainer: trainer.add_callback(OfPeft())),
+    ],
+    ids=["norm", "loop", "hook", "others", "inner step", "step", "peft"],
 )
 def test_where_somebody_may_look_gradients_are_scaled(tmp_path, scalings, cls, prepare):
     trainer = make(tmp_path, cls)

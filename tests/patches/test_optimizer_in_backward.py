@@ -420,6 +420,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "use_reentrant=True": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     "auto_find_batch_size": {"auto_find_batch_size": True},
     "torch_compile": {"torch_compile": True},
+    "TRL hands out once": {"max_grad_norm": 1.0, "attributes": {"activation_offloading": True}},
     "Adagrad is not known to treat each tensor by itself": {"optim": "adagrad"},
     "Adafactor is not known": {"optim": "adafactor"},
     "hooks on the optimizer's step": {"optimizer": hooked_optimizer},
@@ -435,7 +436,9 @@ def test_what_cannot_be_had_is_an_error(reason, tmp_path):
     more = dict(REFUSED[reason])
     if "model" in more:
         more["model"] = more["model"]()
+    attributes = more.pop("attributes", {})
     trainer = make(tmp_path, **more)
+    vars(trainer.args).update(attributes)
     before = copy.deepcopy(trainer.model.state_dict())
     message = rf"optimizer_in_backward=True was asked for but cannot be had: .*{reason.split('=')[0]}"
     with (
@@ -506,6 +509,58 @@ def test_what_comes_late_makes_steps_stock(reason, steps, tmp_path):
     (note,) = [note for note in turbo.report.notes if "stood" in note]
     assert note.startswith("optimizer_in_backward: all gradients stood in step 2 or more: ")
     assert reason in note
+
+
+def test_memory_that_runs_out_in_the_first_backward(steps, tmp_path, monkeypatch):
+    """Nothing was used: the step is done again."""
+    stock = trained(make(tmp_path, max_grad_norm=0.05))
+    look, looked = optimizer_in_backward.StepInBackward._look_at_bucket, []
+
+    def out_of_memory(self: Any) -> None:
+        looked.append(1)
+        if len(looked) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        look(self)
+
+    monkeypatch.setattr(optimizer_in_backward.StepInBackward, "_look_at_bucket", out_of_memory)
+    options = {**NOTHING_ELSE, "memory": "auto", "optimizer_in_backward": True}
+    with pytest.warns(RuntimeWarning, match="is done again"):
+        turbo = trained(make(tmp_path, max_grad_norm=0.05), **options)
+    assert_same(stock, turbo)
+
+
+class Twice(Trainer):
+    """Its loss goes backward for a part of it."""
+
+    def compute_loss(self, model: Any, inputs: Any, **kwargs: Any) -> Any:
+        self.accelerator.backward(model.lm_head.weight.square().sum())
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 0.05])
+def test_a_loss_that_goes_backward_itself(steps, tmp_path, monkeypatch, max_norm):
+    """With gradients of less than a bucket, all of which stand."""
+    monkeypatch.setattr(policy, "_LEAST_BUCKET", 2**30)
+    runs = [
+        trained(make(tmp_path, cls=Twice, max_grad_norm=max_norm), **options)
+        for options in ({}, {**NOTHING_ELSE, "optimizer_in_backward": True})
+    ]
+    assert_same(*runs)
+
+
+def test_recordings_go_backward_once(tmp_path):
+    """CUDA graphs are for adapters; where backward may come twice there are none."""
+    report = trained(make(tmp_path, max_grad_norm=0.05), **ALL, graphs="auto", optimizer_in_backward=True).report
+    rows = [row for row in report.rows if row.role == "graphs"]
+    assert all(row.patched == 0 for row in rows)
+
+
+def test_exactness(tmp_path):
+    rows = [
+        row_of(trained(make(tmp_path, max_grad_norm=norm), **NOTHING_ELSE, optimizer_in_backward=True).report)
+        for norm in (0.0, 0.05)
+    ]
+    assert [row.exactness for row in rows] == ["exact", "re-associated"]
 
 
 def test_clipping_that_comes_late(steps, tmp_path):
