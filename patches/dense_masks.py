@@ -22,7 +22,7 @@ class DenseMask(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        first = args[0] if args else None
+        first: Any = args[0] if args else None
         with torch._C.DisableTorchFunctionSubclass():
             is_dense = type(first) is cls and first._version == first._at
             if is_dense and len(args) == 1 and not kwargs:
