@@ -73,9 +73,16 @@ def test_as_exact_as_torch(device, dtype, fused, betas):
             assert_as_exact_as_stock(f"{name} {SHAPES[i]}", tensor, stock[name][i], exact[name][i])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("factor", [0.37, 1.0, 0.0, float("nan")])
+@pytest.mark.parametrize(
+    ("dtype", "bits", "factor"),
+    [
+        (torch.float32, 32, 0.37),
+        (torch.bfloat16, 32, 0.37),
+        (torch.bfloat16, 32, float("nan")),
+        (torch.bfloat16, 8, 0.37),
+        (torch.float16, 8, 0.0),
+    ],
+)
 def test_scaled_by_the_step_as_by_clipping(device, dtype, bits, factor):
     """The same bits, and gradients that stay what they are."""
     case, rates = make_case(device, dtype, steps=2), [Rates(1e-2, 0.9, 0.999, 1e-8, 0.1)]

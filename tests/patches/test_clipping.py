@@ -23,6 +23,9 @@ OPTIONS = {"metrics": False, "report": False, "optimizer": True, "host": False}
 OPTIMS = ["adamw_torch", "adamw_8bit"]
 
 
+pytestmark = pytest.mark.newest
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     with one_thread():
