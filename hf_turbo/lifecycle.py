@@ -162,7 +162,7 @@ class _Activation:
                 lambda: checkpointing.find_memory(model, plan),
                 conflict or self._memory_conflict(trainer),
             )
-        offload = self._offload(model, trainer, asked, by_loop)
+        offload = self._offload(model, trainer, asked, is_on, by_loop)
         if offload is not None:
             roles["offload"] = (offload[0], conflict or offload[1])
         # Last: what is recorded rests on all the others.
@@ -313,7 +313,7 @@ class _Activation:
         return fits
 
     def _offload(
-        self, model: nn.Module, trainer: Any, asked: bool | None, by_loop: bool
+        self, model: nn.Module, trainer: Any, asked: bool | None, is_on: bool, by_loop: bool
     ) -> tuple[Callable[[], Finding], str | None] | None:
         """How to find layers to offload, and what is against it; None where there is nothing to offload from."""
         from hf_turbo.patches import checkpointing, host_memory, mlp
@@ -322,20 +322,20 @@ class _Activation:
         from .policies.checkpointing import host_budget, keep_on_device_reason, layers_that_leave
 
         device = _training_device(model, trainer, by_loop)
-        is_on = any(layer.gradient_checkpointing for layer in checkpointing.layers_of(model).values())
         choice, can_copy = self.config.offload, device.type in checkpointing.COPIES
         if not (can_copy or choice is True) or model is getattr(trainer, "ref_model", None):
             return None
 
+        def speeds() -> tuple[float | None, float | None]:
+            return peak_flops(device), host_memory.link_speed(device)
+
         def why_not(bytes_per_token: int, flops_per_token: float) -> str | None:
             if choice != "auto" or self.config.memory == "min_memory":
                 return None
-            speeds = peak_flops(device), host_memory.link_speed(device)
-            return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds)
+            return keep_on_device_reason(bytes_per_token, flops_per_token, *speeds())
 
         def choose(bytes_per_token: list[int], flops_per_token: list[float]) -> list[bool]:
-            speeds = peak_flops(device), host_memory.link_speed(device)
-            return layers_that_leave(bytes_per_token, flops_per_token, *speeds)
+            return layers_that_leave(bytes_per_token, flops_per_token, *speeds())
 
         def find() -> Finding:
             budget = host_budget(host_memory.available(), _processes_on_host())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -198,21 +198,23 @@ def watches_gradients(trainer: Any) -> str | None:
 
 def norm_conflict(trainer: Any) -> str | None:
     """Why what this trainer does for the norm of its gradients is not known, or None."""
-    for name in ("_clip_grad_norm", "_get_grad_norm"):
-        method = vars(trainer).get(name, getattr(type(trainer), name, None))
-        if getattr(method, "__module__", "").partition(".")[0] not in {"transformers", "trl"}:
-            return f"{name} is overridden by {type(trainer).__name__}, or unknown"
-    return None
+    reason = next(_overridden(trainer, "_clip_grad_norm", "_get_grad_norm"), None)
+    return reason and f"{reason}, or unknown"
 
 
 def loop_conflict(trainer: Any) -> str | None:
     """Which part of the training loop is the script's own, or None."""
-    for name in ("_inner_training_loop", "_run_epoch"):
+    # Not every transformers has both.
+    there = (name for name in ("_inner_training_loop", "_run_epoch") if hasattr(trainer, name))
+    return next(_overridden(trainer, *there), None)
+
+
+def _overridden(trainer: Any, *names: str) -> Iterator[str]:
+    """Which of these methods are the script's own, or not there."""
+    for name in names:
         method = vars(trainer).get(name, getattr(type(trainer), name, None))
-        package = str(getattr(method, "__module__", "")).partition(".")[0]
-        if method is not None and package not in {"transformers", "trl"}:
-            return f"{name} is overridden by {type(trainer).__name__}"
-    return None
+        if str(getattr(method, "__module__", "")).partition(".")[0] not in {"transformers", "trl"}:
+            yield f"{name} is overridden by {type(trainer).__name__}"
 
 
 def _acts_at(trainer: Any, event: str, known: Collection[str] = _LIBRARIES) -> str | None:

@@ -8,7 +8,6 @@ much as a host link takes while the layer computes; the other stays. Which layer
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -68,9 +67,5 @@ def waits(mlp: nn.Module) -> bool:
 
 def end_training(model: nn.Module) -> None:
     """Frees the host memory; the next training takes it again."""
-    for store in _stores_of(model):
+    for store in {_PLACES[module][0] for module in model.modules() if module in _PLACES}:
         store.trim()
-
-
-def _stores_of(model: nn.Module) -> Iterator[HostStore]:
-    yield from {_PLACES[module][0] for module in model.modules() if module in _PLACES}
