@@ -68,6 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--json", type=Path, metavar="PATH", help="append the measurements to this file, one line a run"
     )
     parser.add_argument("--profile", action="store_true", help="also count launches and device time (CUDA)")
+    parser.add_argument(
+        "--gpu-gib", type=float, metavar="GIB", help="leave so much of the GPU's memory: as a smaller GPU has (CUDA)"
+    )
     parser.add_argument("--tiny", action="store_true", help="shrink the model and the data to a dry run on the CPU")
     args = parser.parse_args(argv)
     args.systems = args.systems.split(",")
@@ -81,6 +84,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.steps < 1 or args.warmup < 0:
         parser.error("--steps must be at least 1 and --warmup at least 0")
     return args
+
+
+def occupied(gib: float | None) -> Any:
+    """What keeps all but so much of the GPU's memory from other processes, as long as it lives."""
+    if gib is None:
+        return None
+    import torch
+
+    free, _ = torch.cuda.mem_get_info()
+    size = free - int(gib * 2**30)
+    if size < 0:
+        raise ValueError(f"--gpu-gib {gib}: {free / 2**30:.1f} GiB are free")
+    return torch.empty(size, dtype=torch.uint8, device="cuda")
 
 
 def run_system(system: str, workload: Workload, settings: dict[str, Any], on_step: Any) -> Result:
@@ -215,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
         workload = workload.tiny()
     try:
         workload = workload.change(args.set)
+        held = occupied(args.gpu_gib)
     except ValueError as error:
         console.print(str(error), style="red", markup=False)
         return 2
@@ -233,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
             task = progress.add_task(f"{args.workload}: {system}", total=total)
             results[system] = run_system(system, workload, settings, lambda n, t=task: progress.update(t, completed=n))
 
+    del held
     if any("step_ms" in result for result in results.values()):
         console.print(summary(args.workload, args, results))
     problems = []
@@ -255,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             "tiny": args.tiny,
             "settings": asdict(workload),
             "options": args.option,
+            "gpu_gib": args.gpu_gib,
             "steps": args.steps,
             "warmup": args.warmup,
             "systems": results,

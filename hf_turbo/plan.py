@@ -132,7 +132,7 @@ class Planner:
             ValueError: an optimizer whose states are not known; dry_run.Unsupported.
         """
         _, sizes = self.model(run)
-        states = optimizers.state_bytes(run.optim, sizes.trained, run.bf16_weights == "exact_master")
+        states, _ = footprint.optimizer_bytes(run.optim, sizes.trained, run.bf16_weights == "exact_master")
         resident = sizes.weights + sizes.adapters + states
         standing = optimizers.standing_bytes if run.optimizer_in_backward else footprint.gradient_bytes
         gradients = standing(sizes.trained)
@@ -274,7 +274,7 @@ def plot(planner: Planner, run: Run, plan: dict[str, Any], path: Path) -> None:
 def _host_bytes(planner: Planner, run: Run) -> int:
     """Pageable states of the optimizer, and inputs of layers while all are recomputed."""
     model, sizes = planner.model(run)
-    _, paged = footprint.optimizer_bytes(run.optim, sizes.trained)
+    _, paged = footprint.optimizer_bytes(run.optim, sizes.trained, run.bf16_weights == "exact_master")
     if not planner.offloads(run):
         return paged
     layer = next(iter(checkpointing.layers_of(model).values()))

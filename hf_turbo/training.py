@@ -131,7 +131,8 @@ class Training:
         if free is None or trainer.optimizer is not None or trainer.model is None:
             return
         trained = [footprint.Trained(*each) for each in paged_optimizers.trained(trainer.model)]
-        states = optimizers.state_bytes(optim, trained, self._config.bf16_weights == "exact_master")
+        exact = self._config.bf16_weights == "exact_master"
+        states, _ = footprint.optimizer_bytes(optim, trained, exact)
         sizes = paged_optimizers.sizes_of_pass(trainer)
         weights = paged_optimizers.bytes_elsewhere(trainer.model, device)
         in_backward = self._config.optimizer_in_backward
@@ -142,7 +143,7 @@ class Training:
         reason = paged_optimizers.conflict(trainer)
         paged = None
         if reason is None:
-            paged, reason = optimizers.paged_form(optim, trained, host_memory.available())
+            paged, reason = optimizers.paged_form(optim, trained, exact, host_memory.available())
         if paged is not None:
             self._paging, reason = paged_optimizers.make(trainer, optim, paged)
         if self._paging is None:

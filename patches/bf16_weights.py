@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from . import managed_memory
 from .engine import once
 
 Choice = Literal["as_is", "exact_master", "stochastic_rounding"]
@@ -35,6 +36,13 @@ _PLAIN_RATE = 0.5
 def has_bf16(optimizer: Any) -> bool:
     """Whether it trains a bf16 weight."""
     return any(param.dtype == torch.bfloat16 for group in optimizer.param_groups for param in group["params"])
+
+
+def _no_remainder(optimizer: Any, param: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
+    """Zeros, where the other states are."""
+    if param.is_cuda and any(map(managed_memory.is_paged, state.values())):
+        return managed_memory.zeros(optimizer, param, torch.int16)
+    return torch.zeros_like(param, dtype=torch.int16)
 
 
 class Bf16Weights:
@@ -73,8 +81,9 @@ class Bf16Weights:
             if rest is not None and rest.dtype != torch.int16:
                 self._tell("bf16_weights: remainders that were loaded before the optimizer was prepared are lost")
             fits = rest is not None and rest.dtype == torch.int16 and rest.shape == param.shape
-            if not (fits and rest.device == param.device and rest.is_contiguous()):
-                state[REMAINDER] = torch.zeros_like(param, dtype=torch.int16)
+            in_place = fits and (rest.device == param.device or managed_memory.is_paged(rest))
+            if not (in_place and rest.is_contiguous()):
+                state[REMAINDER] = _no_remainder(optimizer, param, state)
 
     def begin_step(self, remaindered: list[tuple[torch.Tensor, dict[str, Any]]]) -> None:
         """Forgets remainders of weights that somebody else has written."""
@@ -103,10 +112,13 @@ class Bf16Weights:
                 continue
             for name, dtype in ((REMAINDER, torch.int16), *((name, torch.float32) for name in _AVERAGES)):
                 value = saved.get(name)
-                if torch.is_tensor(value) and value.dtype == dtype and value.shape == param.shape:
-                    state[name] = value.to(param.device, copy=True)
+                if not (torch.is_tensor(value) and value.dtype == dtype and value.shape == param.shape):
+                    if name == REMAINDER:
+                        state.pop(name, None)
                 elif name == REMAINDER:
-                    state.pop(name, None)
+                    state[name] = _no_remainder(optimizer, param, state).copy_(value)
+                else:
+                    state[name] = value.to(param.device, copy=True)
 
     def give_back(self, optimizer: Any) -> bool:
         """States as stock makes them, for stock to go on; whether there were others."""

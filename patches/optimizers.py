@@ -38,6 +38,7 @@ from .engine import (
     once,
     same_name_subclass,
 )
+from .managed_memory import ManagedStates, is_paged
 
 _BITSANDBYTES = {"AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"}
 _STOCK_STEPS = {
@@ -112,7 +113,6 @@ class _Plan:
     states: list[dict[str, Any]]  # theirs
     memory: list[tuple[str, list[Any], list[int]]]  # name of a state, whose, and addresses; "": parameters themselves
     step_counters: list[Any]  # tensors that count steps, one for each state
-    paged: list[torch.Tensor]  # parameters whose states are in managed memory
     buckets: list[_Bucket]
     remaindered: list[tuple[torch.Tensor, dict[str, Any]]]  # parameters that have remainders, and their states
 
@@ -144,6 +144,7 @@ class _Stepper:
 
     def __init__(self, on_cpu: bool, note: Callable[[str], None], weights: Bf16Weights):
         self.on_cpu, self._tell, self.weights = on_cpu, once(note), weights
+        self.managed = ManagedStates(self._tell)
         self._plan: _Plan | None = None
 
     def step(self, optimizer: Optimizer, closure: Any) -> bool:
@@ -189,6 +190,7 @@ class _Stepper:
             classes.remove(type(None))
             given = [grad for grad in grads if grad is not None]
         if not given:
+            _wait_for_managed(optimizer, params[0])
             return
         if classes != {torch.Tensor}:
             raise _NotUnderstood(f"gradients are {', '.join(sorted(cls.__name__ for cls in classes))}")
@@ -197,14 +199,14 @@ class _Stepper:
         if plan is None or not plan.is_current(optimizer, params) or any(grads[i] is not None for i in plan.stateless):
             self._plan = None  # frees the old tables first
             plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes, self.weights)
+            if _pages(optimizer, params[0]):
+                self.managed.hold([value for state in plan.states for value in state.values() if is_paged(value)])
         clipped = clipping.for_step(given)
         addresses = self._addresses(plan, grads, given, clipped)
         tell_lost = self.weights.sample(optimizer, params)
         self.weights.begin_step(plan.remaindered)
 
-        for param in plan.paged:
-            if param.grad is not None:
-                optimizer.prefetch_state(param)  # type: ignore[attr-defined]
+        self.managed.fetch_if_due()
         for bucket in plan.buckets:
             if bucket.indices is None:
                 some, some_addresses = grads, addresses
@@ -223,9 +225,7 @@ class _Stepper:
         self.weights.end_step(plan.remaindered)
         if tell_lost is not None:
             tell_lost(int(max(float(state["step"]) for state in plan.states)))
-        if getattr(optimizer, "is_paged", False) and params[0].is_cuda:
-            # States in managed memory are CPU tensors: whoever reads them does not wait for the device.
-            torch.cuda.synchronize(params[0].device)
+        _wait_for_managed(optimizer, params[0])
 
     def _addresses(
         self, plan: _Plan, grads: list[torch.Tensor | None], given: list[torch.Tensor], clipped: clipping.Clipped | None
@@ -245,6 +245,18 @@ class _Stepper:
             return addresses
         remaining = iter(addresses)
         return [0 if grad is None else next(remaining) for grad in grads]
+
+
+def _wait_for_managed(optimizer: Any, param: torch.Tensor) -> None:
+    """States in managed memory are CPU tensors: whoever reads them does not wait for the device. Nobody does within
+    backward, where an optimizer may make its step in parts; the last part comes after it.
+    """
+    if _pages(optimizer, param) and torch._C._current_graph_task_id() == -1:
+        torch.cuda.synchronize(param.device)
+
+
+def _pages(optimizer: Any, param: torch.Tensor) -> bool:
+    return getattr(optimizer, "is_paged", False) and param.is_cuda
 
 
 def _refuse_overrides(optimizer: Any) -> None:
@@ -331,7 +343,6 @@ def _make_plan(optimizer: Any, params: list[torch.Tensor], is_bitsandbytes: bool
         states,
         memory,
         counters,
-        [param for param, state in zip(stateful, states, strict=True) if getattr(state[names[0]], "is_paged", False)],
         buckets,
         remaindered,
     )
@@ -361,7 +372,7 @@ def _check_state(param: torch.Tensor, state: dict[str, Any], names: tuple[str, s
     for tensor in tensors:
         if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
             raise _NotUnderstood("states that are missing, not contiguous or of a tensor subclass")
-        if tensor.device != param.device and not getattr(tensor, "is_paged", False):
+        if tensor.device != param.device and not is_paged(tensor):
             raise _NotUnderstood(f"parameters on {param.device} with states on {tensor.device}")
     if any(t.shape != param.shape or t.dtype not in clipping.DTYPES | {torch.uint8} for t in tensors[:2]):  # type: ignore[union-attr]
         raise _NotUnderstood("states that do not fit their parameters")
@@ -458,7 +469,7 @@ def _same_name_subclass(base: type) -> type:
         if getattr(self, "is_paged", False) and not args and not kwargs:
             # Stock moves all states to the device, where they stay.
             result = stock_load(self, state_dict, move_to_device=False)
-            paged_optimizers.page_states(self)
+            paged_optimizers.page_states(self, REMAINDER)
         else:
             result = stock_load(self, state_dict, *args, **kwargs)
         stepper = _PATCHED.get(self)
@@ -467,7 +478,9 @@ def _same_name_subclass(base: type) -> type:
         return result
 
     def state_dict(self: Any) -> Any:
-        stand_in = paged_optimizers.stand_in_of(self)
+        stand_in, stepper = paged_optimizers.stand_in_of(self), _PATCHED.get(self)
+        if stepper is not None:
+            stepper.managed.fetch_soon()
         return stock_state_dict(self) if stand_in is None else stand_in.saved(stock_state_dict(self))
 
     look_like(load_state_dict, stock_load)

@@ -80,8 +80,9 @@ def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def page_states(optimizer: Any) -> None:
-    """Of states that were loaded into host memory: large ones into memory that pages, others to the device.
+def page_states(optimizer: Any, apart: str) -> None:
+    """Of states that were loaded into host memory: large ones into memory that pages, others to the device; but for
+    those of the name `apart`, which wait.
 
     What bitsandbytes notes on a tensor in paged memory is saved with it, and stands on the loaded one, which is not: to
     fetch that ends the process.
@@ -89,7 +90,7 @@ def page_states(optimizer: Any) -> None:
     paged = {buffer.data_ptr() for buffer in optimizer.page_mng.paged_tensors}
     for param, state in optimizer.state.items():
         for name, value in state.items():
-            if not torch.is_tensor(value) or value.data_ptr() in paged:
+            if not torch.is_tensor(value) or value.data_ptr() in paged or name == apart:
                 continue
             if name in _NAMES and param.is_cuda and param.numel() >= _LEAST_PAGED:
                 state[name] = optimizer.get_state_buffer(param, dtype=value.dtype).copy_(value)

@@ -56,12 +56,22 @@ class Trained(NamedTuple):
     is_embedding: bool
 
 
-def optimizer_bytes(optim: str, trained: Sequence[Trained]) -> tuple[int, int]:
+def optimizer_bytes(optim: str, trained: Sequence[Trained], exact_masters: bool = False) -> tuple[int, int]:
     """Bytes of optimizer states on the device, and in memory that pages to the host.
+
+    Args:
+        exact_masters: bf16 weights have 16 bits more each, and averages of torch's are fp32 beside them.
 
     Raises:
         ValueError: an optimizer whose states are not known here.
     """
+    if exact_masters:
+        device, paged = optimizer_bytes(optim, [each._replace(itemsize=max(4, each.itemsize)) for each in trained])
+        for each in trained:
+            rest = 2 * each.elements if each.itemsize == 2 else 0
+            pages = _pages(optim, each)
+            device, paged = device + (0 if pages else rest), paged + (rest if pages else 0)
+        return device, paged
     if optim in _TORCH:
         return _TORCH[optim] * sum(each.elements * each.itemsize for each in trained), 0
     if optim not in _BITSANDBYTES:
@@ -70,12 +80,16 @@ def optimizer_bytes(optim: str, trained: Sequence[Trained]) -> tuple[int, int]:
     for each in trained:
         in_8bit = "8bit" in optim and each.elements >= _LEAST_8BIT and not each.is_embedding
         size = each.elements + 4 * -(-each.elements // _BLOCK_8BIT) if in_8bit else 4 * each.elements
-        if optim.startswith("paged") and each.elements >= _LEAST_PAGED:
+        if _pages(optim, each):
             # The scales of 8-bit states do not page.
             data = each.elements if in_8bit else size
             paged, size = paged + _BITSANDBYTES[optim] * data, size - data
         device += _BITSANDBYTES[optim] * size
     return device, paged
+
+
+def _pages(optim: str, each: Trained) -> bool:
+    return optim.startswith("paged") and each.elements >= _LEAST_PAGED
 
 
 def gradient_bytes(trained: Sequence[Trained]) -> int:

@@ -27,19 +27,6 @@ _LEAST_BUCKET, _MOST_BUCKETS = 2**25, 32
 _LAYER_HIDDEN, _LAYER_INTERMEDIATE = 8, 4  # tensors of a layer of these widths that its backward holds at one time
 
 
-def state_bytes(optim: str, trained: Sequence[Trained], exact_masters: bool) -> int:
-    """Bytes of the states that the script's own choice keeps on the device.
-
-    Args:
-        exact_masters: bf16 weights have remainders, and averages of torch are fp32 beside them.
-    """
-    bf16 = sum(each.elements for each in trained if each.itemsize == 2) if exact_masters else 0
-    if exact_masters:
-        # Averages are as those of fp32 weights.
-        trained = [each._replace(itemsize=max(4, each.itemsize)) for each in trained]
-    return footprint.optimizer_bytes(optim, trained)[0] + 2 * bf16
-
-
 def least_pass_bytes(tokens: int, layers: int, hidden: int, intermediate: int, itemsize: int) -> int:
     """What forward and backward hold at least: the input of each layer, and one layer while it is recomputed."""
     width = layers * hidden + _LAYER_HIDDEN * hidden + _LAYER_INTERMEDIATE * intermediate
@@ -75,14 +62,15 @@ def fits(states: int, gradients: int, in_pass: int, weights: int, free: int) -> 
     return needed * (1 + footprint.FRAGMENTATION) <= free
 
 
-def paged_form(optim: str, trained: Sequence[Trained], host: int) -> tuple[str | None, str]:
+def paged_form(optim: str, trained: Sequence[Trained], exact_masters: bool, host: int) -> tuple[str | None, str]:
     """What stands in for `optim`, whose states do not fit on the device; or None, and why.
 
     Args:
+        exact_masters: bf16 weights have 16 bits more each.
         host: bytes of host memory that are available to this process.
     """
     paged = PAGED_FORMS[optim]
-    _, in_host = footprint.optimizer_bytes(paged, trained)
+    _, in_host = footprint.optimizer_bytes(paged, trained, exact_masters)
     if in_host > SHARE_OF_HOST_MEMORY * host:
         smaller = (
             "" if "8bit" in paged else "; what would take a quarter of that, in 8 bits, is optim='paged_adamw_8bit'"

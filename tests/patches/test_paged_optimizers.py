@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 import pytest
 import torch
-from hf_turbo.patches import device_memory, host_memory, optimizers, paged_optimizers
+from hf_turbo.kernels import _bf16_weights as kernel
+from hf_turbo.patches import device_memory, engine, host_memory, managed_memory, optimizers, paged_optimizers
+from hf_turbo.patches.bf16_weights import REMAINDER
 from torch import nn
 from torch.utils.data import Dataset
 
 import hf_turbo
 from hf_turbo.policies import optimizers as policy
-from hf_turbo.policies.footprint import Trained
+from hf_turbo.policies.footprint import Trained, optimizer_bytes
 from tests.models import tiny_model
 from tests.patches.test_bf16_weights import trainer as make_trainer
 
@@ -25,11 +28,29 @@ pytest.importorskip("bitsandbytes")
 GIB = 2**30
 
 
+@pytest.fixture
+def patch() -> Iterator[Callable[..., None]]:
+    """Patches optimizers until the end of the test."""
+    applied: list[engine.Patch] = []
+
+    def apply(optimizer: Any, note: Callable[[str], None] = print, **options: Any) -> None:
+        for one in optimizers.find(optimizer, note, **options).patches:
+            one.apply()
+            applied.append(one)
+
+    engine.switch(True)
+    yield apply
+    engine.switch(False)
+    assert engine.revert_all(applied) == []
+
+
 def test_what_does_not_fit():
     billion = [Trained(10**9, 2, False)]
-    assert policy.state_bytes("adamw_torch", billion, False) == 4 * 10**9
-    assert policy.state_bytes("adamw_torch", billion, True) == 10 * 10**9
-    assert policy.state_bytes("adamw_torch", [Trained(10**9, 4, False)], True) == 8 * 10**9
+    assert optimizer_bytes("adamw_torch", billion) == (4 * 10**9, 0)
+    assert optimizer_bytes("adamw_torch", billion, exact_masters=True) == (10 * 10**9, 0)
+    assert optimizer_bytes("adamw_torch", [Trained(10**9, 4, False)], exact_masters=True) == (8 * 10**9, 0)
+    mixed = [*billion, Trained(10**4, 2, False), Trained(10**9, 4, False)]
+    assert optimizer_bytes("paged_adamw_32bit", mixed, exact_masters=True) == (10 * 10**4, 18 * 10**9)
     assert policy.fits(4 * GIB, 2 * GIB, GIB, 0, 7 * GIB)
     assert not policy.fits(4 * GIB, 2 * GIB, GIB, 0, 6 * GIB)
     assert not policy.fits(4 * GIB, 2 * GIB, 4 * GIB, 0, 7 * GIB)
@@ -40,11 +61,14 @@ def test_never_a_less_precise_form():
     billion = [Trained(10**9, 4, False)]
     for optim, paged in policy.PAGED_FORMS.items():
         assert ("8bit" in optim) == ("8bit" in paged)
-        assert policy.paged_form(optim, billion, 100 * GIB) == (paged, "")
-    paged, reason = policy.paged_form("adamw_torch_fused", billion, 5 * GIB)
+        assert policy.paged_form(optim, billion, False, 100 * GIB) == (paged, "")
+    paged, reason = policy.paged_form("adamw_torch_fused", billion, False, 5 * GIB)
     assert paged is None
     assert "optim='paged_adamw_8bit'" in reason
-    assert policy.paged_form("adamw_8bit", billion, 5 * GIB)[0] == "paged_adamw_8bit"
+    assert policy.paged_form("adamw_8bit", billion, False, 5 * GIB)[0] == "paged_adamw_8bit"
+    in_16_bits = [Trained(10**9, 2, False)]
+    assert policy.paged_form("adamw_8bit", in_16_bits, False, 4 * GIB)[0] == "paged_adamw_8bit"
+    assert policy.paged_form("adamw_8bit", in_16_bits, True, 4 * GIB)[0] is None
 
 
 @pytest.fixture
@@ -214,7 +238,7 @@ def test_what_cannot_be_paged_is_said(tmp_path, scarce, monkeypatch, why):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("stands_in", [True, False])
-def test_loaded_states_page(tmp_path, stands_in):
+def test_loaded_states_page(tmp_path, patch, stands_in):
     """Of 100,000 elements or more, in managed memory again; the next step is that of a run that never stopped."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -223,13 +247,11 @@ def test_loaded_states_page(tmp_path, stands_in):
     params = [torch.nn.Parameter(value.clone()) for _ in range(2)]
     torch_group = {k: v for k, v in torch.optim.AdamW([params[0]], lr=1e-3).param_groups[0].items() if k != "params"}
     made = [bitsandbytes.optim.AdamW([p], lr=1e-3, is_paged=True) for p in params]
-    hf_turbo.enable()
     for one in made:
         if stands_in:
             stand_in = paged_optimizers.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
             paged_optimizers._STAND_INS[one] = stand_in
-        for patch in optimizers.find(one, print).patches:
-            patch.apply()
+        patch(one)
     for step in range(3):
         grad = torch.randn(300, 500, device="cuda", generator=torch.Generator("cuda").manual_seed(step))
         for param, one in zip(params, made, strict=True):
@@ -243,15 +265,13 @@ def test_loaded_states_page(tmp_path, stands_in):
         assert torch.equal(params[0], params[1])
 
 
-def test_notes_of_paged_memory_are_not_believed(tmp_path):
+def test_notes_of_paged_memory_are_not_believed(tmp_path, patch):
     """What was saved from a GPU says of its states that they are in paged memory; bitsandbytes fetches such, and the
     process ends where they are not."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     param = torch.nn.Parameter(torch.randn(300, 500))
     optimizer = bitsandbytes.optim.AdamW([param], lr=1e-3, is_paged=True)
-    hf_turbo.enable()
-    for patch in optimizers.find(optimizer, print, on_cpu=True).patches:
-        patch.apply()
+    patch(optimizer, on_cpu=True)
     param.grad = torch.randn(300, 500)
     optimizer.step()
     for name in ("state1", "state2"):
@@ -271,3 +291,112 @@ def walk(value):
             yield from walk(each)
     elif torch.is_tensor(value):
         yield value
+
+
+class Note:
+    """Stands for a tensor in managed memory."""
+
+    def __init__(self, address: int):
+        self.data_ptr = lambda: address
+
+
+def test_when_pages_are_asked_for(monkeypatch):
+    """What is new, what may have been read on the host, and all of it now and then."""
+    functional = pytest.importorskip("bitsandbytes").functional
+    clock, asked, notes = [0.0], [], []
+    monkeypatch.setattr(managed_memory.time, "monotonic", lambda: 100 + clock[0])
+    monkeypatch.setattr(managed_memory, "_let_reach", lambda tensor: tensor.data_ptr() != 3)
+    monkeypatch.setattr(functional, "prefetch_tensor", lambda tensor: asked.append(tensor.data_ptr()))
+    states = managed_memory.ManagedStates(notes.append)
+
+    def step(*addresses: int) -> list[int]:
+        asked.clear()
+        if addresses:
+            states.hold(list(map(Note, addresses)))
+        states.fetch_if_due()
+        return asked
+
+    assert step() == []
+    assert step(1, 2) == [1, 2]
+    assert step() == []
+    assert step(1, 2) == []
+    assert notes == []
+    assert step(1, 2, 3) == [1, 2, 3]
+    assert ["lets the GPU reach none" in note for note in notes] == [True]
+    states.fetch_soon()
+    assert step() == [1, 2, 3]
+    clock[0] = 29.0
+    assert step() == []
+    clock[0] = 31.0
+    assert step() == [1, 2, 3]
+    assert step() == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [8, 32])
+def test_paged_exact_masters(tmp_path, patch, bits):
+    """The bits of masters on the GPU, also while all states lie on the host, and after they were saved and loaded; no
+    state of a large weight takes memory of the GPU that torch could have.
+    """
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    values = [torch.randn(size, device="cuda", dtype=torch.bfloat16) * 0.02 for size in ((300, 501), (7,), (2048, 512))]
+    models, made = [], []
+
+    def add(paged: bool) -> None:
+        models.append([nn.Parameter(value.clone()) for value in values])
+        made.append(bitsandbytes.optim.AdamW(models[-1], lr=1e-4, optim_bits=bits, is_paged=paged))
+        patch(made[-1], notes.append, bf16_weights="exact_master")
+
+    def step(number: int) -> None:
+        for i in range(len(values)):
+            generator = torch.Generator("cuda").manual_seed(10 * number + i)
+            grad = torch.randn(values[i].shape, device="cuda", generator=generator).bfloat16()
+            for model in models:
+                model[i].grad = grad
+        for one in made:
+            one.step()
+
+    def agree() -> None:
+        for i in range(len(values)):
+            states = [one.state[model[i]] for one, model in zip(made, models, strict=True)]
+            weights = [model[i].detach().cpu() for model in models]
+            masters = [kernel.join(w, s[REMAINDER].cpu()) for w, s in zip(weights, states, strict=True)]
+            assert all(torch.equal(master, masters[0]) for master in masters)
+            for name in ("state1", "state2"):
+                assert all(torch.equal(state[name].cpu(), states[0][name].cpu()) for state in states)
+
+    notes: list[str] = []
+    add(paged=False)
+    add(paged=True)
+    for number in range(2):
+        step(number)
+    agree()
+    param = models[1][2]
+    assert all(made[1].state[param][name].is_paged for name in ("state1", "state2", REMAINDER))
+    assert made[1].state[models[1][1]][REMAINDER].is_cuda  # a small one
+
+    managed = optimizers._PATCHED[made[1]].managed
+    assert len(managed._tensors) == 6
+    managed.fetch_if_due()
+    for tensor in managed._tensors:
+        bitsandbytes.functional.prefetch_tensor(tensor, to_cpu=True)
+    step(2)
+    agree()
+
+    torch.save(made[1].state_dict(), tmp_path / "optimizer.pt")
+    assert managed._next == 0
+    before = torch.cuda.memory_allocated()
+    add(paged=True)
+    with torch.no_grad():
+        for param, other in zip(models[2], models[1], strict=True):
+            param.copy_(other)
+    made[2].load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True, map_location="cpu"))
+    agree()
+    assert torch.cuda.memory_allocated() - before < 1.5 * sum(value.nbytes for value in values)
+    step(3)
+    agree()
+    assert made[2].state[models[2][2]][REMAINDER].is_paged
+    assert len(optimizers._PATCHED[made[2]].managed._tensors) == 6
+    assert notes == []
