@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-_FETCH_SECONDS = 30.0  # from one time of asking for everything to the next
+_FETCH_SECONDS = 300.0  # from one time of asking for everything to the next
 
 _ACCESSED_BY = 5  # CU_MEM_ADVISE_SET_ACCESSED_BY of the driver
 
