@@ -756,3 +756,40 @@ def test_hooks_of_others_are_not_taken_back(tmp_path):
     assert optimizer_in_backward.foreign_hooks(parameter)
     assert step.revert()
     assert len(parameter._post_accumulate_grad_hooks) == 1
+
+
+class Wide(nn.Module):
+    """Of weights that page, in bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(384, 384, dtype=torch.bfloat16) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = x.bfloat16()
+        for layer in self.layers:
+            y = y + layer(y).tanh()
+        return {"loss": (y.float().mean(-1) - labels).square().mean()}
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:hf_turbo. step:RuntimeWarning")
+@pytest.mark.parametrize("weights", ["as_is", "exact_master", "stochastic_rounding"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit"])
+def test_bits_on_a_gpu(optim, weights, steps, tmp_path):
+    """Those of one step behind backward by the same kernel, where states page, too."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    rows = [{"x": torch.randn(384), "labels": torch.tensor(0.1 * i)} for i in range(16)]
+    runs = []
+    for in_backward in (False, True):
+        trainer = make(tmp_path, Wide(), optim=optim, use_cpu=False, remove_unused_columns=False)
+        trainer.train_dataset = rows
+        options = {**NOTHING_ELSE, "optimizer": True, "bf16_weights": weights, "optimizer_in_backward": in_backward}
+        runs.append(trained(trainer, **options))
+    assert runs[0].weights["layers.0.weight"].is_cuda
+    assert_same(*runs)
+    assert len(steps) >= 3 * STEPS
+    paged = [getattr(value, "is_paged", False) for value in runs[1].states["layers.0.weight"].values()]
+    assert sum(paged) == (0 if "paged" not in optim else 3 if weights == "exact_master" else 2)
