@@ -788,6 +788,8 @@ def test_bits_on_a_gpu(optim, weights, steps, tmp_path):
         trainer.train_dataset = rows
         options = {**NOTHING_ELSE, "optimizer": True, "bf16_weights": weights, "optimizer_in_backward": in_backward}
         runs.append(trained(trainer, **options))
+        for log in runs[-1].logs:
+            log.pop("grad_norm", None)  # by another kernel where it is made of all gradients
     assert runs[0].weights["layers.0.weight"].is_cuda
     assert_same(*runs)
     assert len(steps) >= 3 * STEPS
