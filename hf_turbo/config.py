@@ -12,12 +12,16 @@ from .policies.memory import budget_bytes
 
 Choice = bool | Literal["auto"]
 Bf16Weights = Literal["as_is", "exact_master", "stochastic_rounding"]
+Optim = Literal[
+    "auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit"
+]
 # What a field may be, by its annotation.
 _VALID: dict[Any, tuple[Any, ...]] = {
     "bool": (True, False),
     "Choice": (True, False, "auto"),
     "Memory": get_args(Memory),
     "Bf16Weights": get_args(Bf16Weights),
+    "Optim": get_args(Optim),
 }
 
 
@@ -65,6 +69,9 @@ class TurboConfig:
             that MLPs keep wait there, of as many layers as copies hide.
         optimizer: AdamW of torch and of bitsandbytes (8 and 32 bits, paged too), and clipping for it, take a few
             launches for all tensors together.
+        optim: the AdamW of a Trainer. "auto": what its arguments name, or the paged form of the same where states would
+            not fit; never less precise. A name as in `TrainingArguments(optim=)`, such as "paged_adamw_8bit": that one
+            in its place, with checkpoints of its states.
         optimizer_in_backward: the optimizer steps within backward, a bucket of gradients at a time, which are let go
             of then: gradients of full fine-tuning never stand in memory all at once. For `Trainer` and its kin, without
             gradient accumulation, in one process. Unless `max_grad_norm` is 0, backward is gone through twice.
@@ -98,6 +105,7 @@ class TurboConfig:
     checkpointing: Choice = "auto"
     offload: Choice = "auto"
     optimizer: Choice = "auto"
+    optim: Optim = "auto"
     optimizer_in_backward: bool = False
     bf16_weights: Bf16Weights = "as_is"
     host: Choice = "auto"

@@ -386,6 +386,11 @@ class _Activation:
         trainer = next(found, None)
         if trainer is not None:
             self.training[trainer].optimizer_made(optimizer)
+        elif self.config.optim != "auto":
+            raise RuntimeError(
+                f"hf_turbo: optim={self.config.optim!r} was asked for but cannot be had: a loop of your own makes its "
+                "optimizer. Use optim='auto' to go on without it"
+            )
         conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
         name = type(optimizer).__name__
         finding = optimizers.find(optimizer, self.report.notes.append, on_cpu, weights, self._seed(accelerator))

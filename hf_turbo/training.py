@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from hf_turbo.patches.engine import Finding, Patch
-    from hf_turbo.patches.paged_optimizers import PagedOptimizer
+    from hf_turbo.patches.optimizer_choice import ChosenOptimizer
     from hf_turbo.patches.shadows import Shadows
 
     from .config import TurboConfig
@@ -55,7 +55,7 @@ class Training:
         self._report = report
         self._config = config
         self._patched: defaultdict[str, weakref.WeakSet[nn.Module]] = defaultdict(weakref.WeakSet)  # models by role
-        self._paging: PagedOptimizer | None = None
+        self._chosen: ChosenOptimizer | None = None
         self._masks_reference = trainer_patches.masks_reference(trainer)
         self._retry, self._retried = None, set[int]()
         self._shadows: Shadows | None = None
@@ -99,7 +99,7 @@ class Training:
             against = optimizer_in_backward.conflict(self._trainer)
             if against is not None:
                 raise not_in_backward(against)
-        self._page_optimizer()
+        self._choose_optimizer()
         if self._config.autocast is not False and autocast.conflict(self._trainer) is None:
             self._shadows = shadows.Shadows(copies_fit)
         self._patches.append(trainer_patches.step_patch(self._trainer, self._around_step))
@@ -117,45 +117,69 @@ class Training:
         for patch in self._patches:
             patch.apply()
 
-    def _page_optimizer(self) -> None:
-        """Where the states of the script's AdamW would not fit: its paged form."""
-        from hf_turbo.patches import device_memory, host_memory, paged_optimizers
+    def _choose_optimizer(self) -> None:
+        """The one that is asked for by name, or, where states of the script's AdamW would not fit, its paged form.
+
+        Raises:
+            RuntimeError: what is asked for cannot be had.
+        """
+        from hf_turbo.patches import optimizer_choice, optimizers
+
+        named, optim = self._config.optim, optimizer_choice.optim_of(self._trainer)
+        if named == "auto":
+            self._page_optimizer(optim)
+            return
+        if optimizer_choice.is_used(self._trainer, optimizers.unwrapped(self._trainer.optimizer), named):
+            return
+        reason = optimizer_choice.conflict(self._trainer, named)
+        if reason is None:
+            self._chosen, reason = optimizer_choice.make(self._trainer, named, saved_alike=False)
+        if self._chosen is None:
+            raise RuntimeError(
+                f"hf_turbo: optim={named!r} was asked for but cannot be had: {reason}. Use optim='auto' to go on "
+                "without it"
+            )
+        self._report.notes.append(f"optim={named!r} in the place of {optim}; checkpoints have its states")
+        self._patches.append(self._chosen)
+
+    def _page_optimizer(self, optim: str) -> None:
+        from hf_turbo.patches import device_memory, host_memory, optimizer_choice
 
         from .policies import footprint, optimizers
 
         trainer, device = self._trainer, self._trainer.args.device
-        optim = paged_optimizers.optim_of(trainer)
         if self._config.optimizer is False or self._config.memory == "as_is" or optim not in optimizers.PAGED_FORMS:
             return
         free = device_memory.free(device)
         if free is None or trainer.optimizer is not None or trainer.model is None:
             return
-        trained = [footprint.Trained(*each) for each in paged_optimizers.trained(trainer.model)]
+        trained = [footprint.Trained(*each) for each in optimizer_choice.trained(trainer.model)]
         exact = self._config.bf16_weights == "exact_master"
         states, _ = footprint.optimizer_bytes(optim, trained, exact)
-        sizes = paged_optimizers.sizes_of_pass(trainer)
-        weights = paged_optimizers.bytes_elsewhere(trainer.model, device)
+        sizes = optimizer_choice.sizes_of_pass(trainer)
+        weights = optimizer_choice.bytes_elsewhere(trainer.model, device)
         in_backward = self._config.optimizer_in_backward
         gradients = optimizers.standing_bytes(trained) if in_backward else footprint.gradient_bytes(trained)
         if optimizers.fits(states, gradients, optimizers.least_pass_bytes(*sizes), weights, free):
             return
         said = f"the states of {optim}, {states / 2**30:.1f} GiB, do not fit beside the rest"
-        reason = paged_optimizers.conflict(trainer)
-        paged = None
-        if reason is None:
-            paged, reason = optimizers.paged_form(optim, trained, exact, host_memory.available())
+        paged, reason = optimizers.paged_form(optim, trained, exact, host_memory.available())
+        if trainer.accelerator.num_processes > 1:
+            paged, reason = None, "each of several processes would decide by itself"
         if paged is not None:
-            self._paging, reason = paged_optimizers.make(trainer, optim, paged)
-        if self._paging is None:
+            reason = optimizer_choice.conflict(trainer, paged) or ""
+            if not reason:
+                self._chosen, reason = optimizer_choice.make(trainer, paged, saved_alike=True)
+        if self._chosen is None:
             self._report.notes.append(f"{said}, and are not paged: {reason}")
             return
         self._report.notes.append(f"{said}: {paged} stands in for it, with states as precise or more")
-        self._patches.append(self._paging)
+        self._patches.append(self._chosen)
 
     def optimizer_made(self, optimizer: Any) -> None:
         """The trainer is about to prepare its optimizer."""
-        if self._paging is not None:
-            self._paging.made(optimizer)
+        if self._chosen is not None:
+            self._chosen.made(optimizer)
 
     def step_in_backward(self, optimizer: Any) -> Finding:
         """Has the trainer's optimizer, which is about to be prepared, step within backward.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .checkpointing import trainer_asks
-from .paged_optimizers import optim_of
+from .optimizer_choice import optim_of
 
 
 def advice(trainer: Any) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+_STATES = ("state1", "state2")  # of an optimizer of bitsandbytes, those that page
+_LEAST_PAGED = 100_000  # elements; smaller ones stay on the device
 _FETCH_SECONDS = 300.0  # from one time of asking for everything to the next
 
 _ACCESSED_BY = 5  # CU_MEM_ADVISE_SET_ACCESSED_BY of the driver
@@ -41,6 +43,25 @@ def zeros(optimizer: Any, param: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     state = data.view(dtype).view(param.shape)
     state.is_paged, state.page_deviceid = True, data.page_deviceid
     return state
+
+
+@torch.no_grad()
+def page_states(optimizer: Any, apart: str) -> None:
+    """Of states that were loaded into host memory: large ones into memory that pages, others to the device; but for
+    those of the name `apart`, which wait.
+
+    What bitsandbytes notes on a tensor in paged memory is saved with it, and stands on the loaded one, which is not: to
+    fetch that ends the process.
+    """
+    paged = {buffer.data_ptr() for buffer in optimizer.page_mng.paged_tensors}
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            if not torch.is_tensor(value) or value.data_ptr() in paged or name == apart:
+                continue
+            if name in _STATES and param.is_cuda and param.numel() >= _LEAST_PAGED:
+                state[name] = optimizer.get_state_buffer(param, dtype=value.dtype).copy_(value)
+            else:
+                state[name] = value.detach().to(param.device)  # detached: without notes
 
 
 class ManagedStates:

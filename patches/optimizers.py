@@ -26,7 +26,7 @@ from hf_turbo.kernels._multi_tensor import addresses_of, are_aligned, have_addre
 from hf_turbo.kernels.adamw import BlockStates, MultiTensorAdamW, Random, Rates
 from torch.optim import Optimizer
 
-from . import clipping, fingerprint, paged_optimizers
+from . import clipping, fingerprint, managed_memory, optimizer_choice
 from .bf16_weights import REMAINDER, Bf16Weights, Choice, has_bf16
 from .engine import (
     ClassSwap,
@@ -38,7 +38,7 @@ from .engine import (
     once,
     same_name_subclass,
 )
-from .managed_memory import ManagedStates, is_paged
+from .managed_memory import is_paged
 
 _BITSANDBYTES = {"AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"}
 _STOCK_STEPS = {
@@ -144,7 +144,7 @@ class _Stepper:
 
     def __init__(self, on_cpu: bool, note: Callable[[str], None], weights: Bf16Weights):
         self.on_cpu, self._tell, self.weights = on_cpu, once(note), weights
-        self.managed = ManagedStates(self._tell)
+        self.managed = managed_memory.ManagedStates(self._tell)
         self._plan: _Plan | None = None
 
     def step(self, optimizer: Optimizer, closure: Any) -> bool:
@@ -463,13 +463,13 @@ def _same_name_subclass(base: type) -> type:
         return stock(self, closure)
 
     def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        stand_in = paged_optimizers.stand_in_of(self)
+        stand_in = optimizer_choice.stand_in_of(self)
         if stand_in is not None:
             state_dict = stand_in.to_load(self, state_dict)
         if getattr(self, "is_paged", False) and not args and not kwargs:
             # Stock moves all states to the device, where they stay.
             result = stock_load(self, state_dict, move_to_device=False)
-            paged_optimizers.page_states(self, REMAINDER)
+            managed_memory.page_states(self, REMAINDER)
         else:
             result = stock_load(self, state_dict, *args, **kwargs)
         stepper = _PATCHED.get(self)
@@ -478,7 +478,7 @@ def _same_name_subclass(base: type) -> type:
         return result
 
     def state_dict(self: Any) -> Any:
-        stand_in, stepper = paged_optimizers.stand_in_of(self), _PATCHED.get(self)
+        stand_in, stepper = optimizer_choice.stand_in_of(self), _PATCHED.get(self)
         if stepper is not None:
             stepper.managed.fetch_soon()
         return stock_state_dict(self) if stand_in is None else stand_in.saved(stock_state_dict(self))
@@ -576,9 +576,9 @@ def find(
         seed: of rounding by chance; the same in all processes that train the same weights.
     """
     finding = Finding("optimizer", "adamw, clip_grad_norm", Exactness.REASSOCIATED, found=1)
-    stand_in = paged_optimizers.stand_in_of(optimizer)
+    stand_in = optimizer_choice.stand_in_of(optimizer)
     if stand_in is not None:
-        finding.kernel = f"adamw ({stand_in.paged} for {stand_in.optim}), clip_grad_norm"
+        finding.kernel = f"adamw ({stand_in.used} for {stand_in.optim}), clip_grad_norm"
     if bf16_weights != "as_is":
         if has_bf16(optimizer):
             finding.kernel = finding.kernel.replace("adamw", f"adamw, {bf16_weights}", 1)
@@ -586,6 +586,8 @@ def find(
                 finding.exactness = Exactness.REDRAWN
         elif optimizer not in _PATCHED:
             note(f"bf16_weights={bf16_weights!r}: {type(optimizer).__name__} trains no bf16 weights")
+    if stand_in is not None and stand_in.is_less_precise:
+        finding.exactness = Exactness.APPROXIMATE
     if optimizer in _PATCHED:
         finding.patched = 1
         return finding

@@ -7,7 +7,8 @@ import pytest
 from hf_turbo import TurboConfig
 
 NAMES = [field.name for field in fields(TurboConfig)]
-SWITCHES = [name for name in NAMES if name not in ("max_tokens_per_pass", "memory", "memory_budget", "bf16_weights")]
+CHOICES = ("max_tokens_per_pass", "memory", "memory_budget", "bf16_weights", "optim")
+SWITCHES = [name for name in NAMES if name not in CHOICES]
 
 
 @pytest.mark.parametrize("name", SWITCHES)
@@ -46,6 +47,14 @@ def test_bf16_weights():
     for value in (True, False, None, "auto", "exact"):
         with pytest.raises(ValueError, match=r"bf16_weights=.*'as_is', 'exact_master', 'stochastic_rounding'"):
             TurboConfig(bf16_weights=value)
+
+
+def test_optim():
+    assert TurboConfig().optim == "auto"
+    assert TurboConfig(optim="paged_adamw_8bit").optim == "paged_adamw_8bit"
+    for value in (True, False, None, "sgd", "lomo"):
+        with pytest.raises(ValueError, match=r"optim=.*choose one of 'auto', 'adamw_torch'.*'paged_adamw_8bit'"):
+            TurboConfig(optim=value)
 
 
 def test_memory_budget():

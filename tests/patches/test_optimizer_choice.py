@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from hf_turbo.kernels import _bf16_weights as kernel
-from hf_turbo.patches import device_memory, engine, host_memory, managed_memory, optimizers, paged_optimizers
+from hf_turbo.patches import device_memory, engine, host_memory, managed_memory, optimizer_choice, optimizers
 from hf_turbo.patches.bf16_weights import REMAINDER
 from torch import nn
 from torch.utils.data import Dataset
@@ -137,6 +138,84 @@ def test_exact_masters_beside_paged_states(tmp_path, scarce):
     assert {"step", "exp_avg", "exp_avg_sq", "hf_turbo_remainder"} == state.keys()
 
 
+NAMED = [("adamw_torch", "paged_adamw_8bit"), ("adamw_torch", "paged_adamw_32bit"), ("adamw_8bit", "adamw_torch_fused")]
+
+
+@pytest.mark.parametrize(("optim", "named"), NAMED)
+def test_by_name(tmp_path, optim, named):
+    """The run, and the checkpoint, of a script whose arguments say so; it goes on from checkpoints of the script's."""
+    told = run(tmp_path / "told", True, optim=named)
+    given = {"turbo_options": {"optim": named}}
+    turbo = run(tmp_path / "turbo", True, optim=optim, **given)
+    assert turbo.args.optim == optim
+    assert turbo.optimizer_cls_and_kwargs is None
+    assert curve(turbo) == curve(told)
+    report = json.loads((tmp_path / "turbo" / "hf_turbo_report.json").read_text())
+    row = next(row for row in report["rows"] if row["role"] == "optimizer")
+    assert row["kernel"] == f"adamw ({named} for {optim}), clip_grad_norm"
+    assert row["exactness"] == ("approximate" if named == "paged_adamw_8bit" else "re-associated")
+    assert any(f"optim='{named}' in the place of {optim}" in note for note in report["notes"])
+    states = [
+        torch.load(tmp_path / name / "checkpoint-2" / "optimizer.pt", weights_only=True) for name in ("told", "turbo")
+    ]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for mine, other in zip(states[1]["state"].values(), states[0]["state"].values(), strict=True):
+        assert mine.keys() == other.keys()
+    resumed = run(tmp_path / "resumed", True, optim=optim, resume=str(tmp_path / "turbo" / "checkpoint-2"), **given)
+    assert curve(resumed) == curve(told)
+
+
+@pytest.mark.parametrize(("optim", "named"), NAMED[:2])
+def test_states_of_the_scripts_own(tmp_path, optim, named):
+    """Those of torch's AdamW go on as fp32 states of any other, in 8 bits too: as precise as they were."""
+    stock = run(tmp_path / "stock", False, optim=optim)
+    options = {"optim": optim, "turbo_options": {"optim": named}}
+    goes_on = run(tmp_path / "goes on", True, resume=str(tmp_path / "stock" / "checkpoint-2"), **options)
+    assert curve(goes_on) == pytest.approx(curve(stock), rel=2e-4)
+
+
+def test_states_of_no_use_by_name(tmp_path):
+    """8 bits are not what torch's AdamW goes on from."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
+    state = {"state1": torch.zeros(3, dtype=torch.uint8), "state2": torch.zeros(3, dtype=torch.uint8), "step": 1}
+    saved = {"state": {0: {"__bnb_optimizer_quant_state__": state}}, "param_groups": [{"params": [0], "alpha": 0.0}]}
+    stand_in = optimizer_choice.StandIn("adamw_8bit", "adamw_torch", None)
+    with pytest.raises(ValueError, match=r"states in 8 bits.*resume with the optim"):
+        stand_in.to_load(optimizer, saved)
+    for name in ("state1", "state2"):
+        state[name] = torch.ones(3)
+    optimizer.load_state_dict(stand_in.to_load(optimizer, saved))
+    (loaded,) = optimizer.state.values()
+    assert loaded.keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert "alpha" not in optimizer.param_groups[0]
+
+
+def test_by_name_or_not_at_all(tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"optim='adamw_torch' was asked for but .*optim_args is given.*optim='auto'"
+    ):
+        run(tmp_path, True, optim="adamw_8bit", optim_args="x=1", turbo_options={"optim": "adamw_torch"})
+    hf_turbo.enable(optim="adamw_8bit")
+    model = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="a loop of your own makes its optimizer"):
+        Accelerator(cpu=True).prepare(model, torch.optim.AdamW(model.parameters()))
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+def test_a_second_training_by_name(tmp_path, optim):
+    """Of the same optimizer; and one of the script's own that has the name by chance is none."""
+    hf_turbo.enable(optimizer=True, optim="adamw_torch")
+    one = run(tmp_path, False, optim=optim)
+    first = one.optimizer.optimizer
+    one.args.max_steps = 6
+    one.train()
+    assert one.optimizer.optimizer is first
+    other = make_trainer(tmp_path, tiny_model("llama"), optim="adamw_torch", max_steps=1, save_strategy="no")
+    other.optimizer = torch.optim.SGD(other.model.parameters(), lr=1e-3)
+    with pytest.raises(RuntimeError, match="the script has made its optimizer"):
+        other.train()
+
+
 def test_a_second_training_saves_alike(tmp_path, scarce):
     hf_turbo.enable(optimizer=True)
     one = run(tmp_path, False, optim="adamw_torch")
@@ -211,18 +290,18 @@ def test_length_of_rows(tmp_path):
     one = make_trainer(tmp_path)
     state = torch.get_rng_state()
     one.train_dataset = table
-    assert paged_optimizers.sizes_of_pass(one) == (2 * (5 + 15), 2, 48, 80, 2)
+    assert optimizer_choice.sizes_of_pass(one) == (2 * (5 + 15), 2, 48, 80, 2)
     one.train_dataset = table.with_transform(lambda rows: pytest.fail("a row was read"))
-    assert paged_optimizers.sizes_of_pass(one)[0] == 2 * 1024
+    assert optimizer_choice.sizes_of_pass(one)[0] == 2 * 1024
     one.train_dataset = table.rename_column("input_ids", "other")
-    assert paged_optimizers.sizes_of_pass(one)[0] == 2 * 1024
+    assert optimizer_choice.sizes_of_pass(one)[0] == 2 * 1024
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("why", ["no bitsandbytes", "host", "optimizers="])
 def test_what_cannot_be_paged_is_said(tmp_path, scarce, monkeypatch, why):
     if why == "no bitsandbytes":
-        monkeypatch.setattr(paged_optimizers.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(optimizer_choice.importlib.util, "find_spec", lambda name: None)
     if why == "host":
         monkeypatch.setattr(host_memory, "available", lambda: -1)  # small states do not page
     one = make_trainer(
@@ -249,8 +328,8 @@ def test_loaded_states_page(tmp_path, patch, stands_in):
     made = [bitsandbytes.optim.AdamW([p], lr=1e-3, is_paged=True) for p in params]
     for one in made:
         if stands_in:
-            stand_in = paged_optimizers.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
-            paged_optimizers._STAND_INS[one] = stand_in
+            stand_in = optimizer_choice.StandIn("adamw_torch", "paged_adamw_32bit", torch_group)
+            optimizer_choice._STAND_INS[one] = stand_in
         patch(one)
     for step in range(3):
         grad = torch.randn(300, 500, device="cuda", generator=torch.Generator("cuda").manual_seed(step))

@@ -1,8 +1,9 @@
-"""The paged form of the AdamW that a Trainer's arguments name, in its place.
+"""Another optimizer in the place of the AdamW that a Trainer's arguments name: its paged form, or one chosen by name.
 
-The arguments stay the user's, and so do checkpoints: a stand-in for torch's AdamW saves what torch's would, and loads
-it, so that a run goes on with or without hf_turbo, paged or not. The Trainer is handed a class and its options by
-`optimizer_cls_and_kwargs`, as a script may do.
+The Trainer is handed a class and its options by `optimizer_cls_and_kwargs`, as a script may do; the arguments stay the
+script's. So do checkpoints where the paged form of the same stands in: one of torch's AdamW saves what torch's would,
+and loads it, so that a run goes on with or without hf_turbo, paged or not. One that was chosen by name saves its own
+states, and loads those of the others as far as they are no less precise.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from .trainer import gathers_weights, step_conflict
 
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes saves states, so that FSDP does not gather them
 _NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
-_LEAST_PAGED = 100_000  # elements; smaller states of bitsandbytes stay on the device
 _USUAL_LENGTH = 1024  # to which TRL cuts rows
 _FEW = 16  # rows of a dataset whose lengths are looked at
 
@@ -30,16 +30,21 @@ _STAND_INS: weakref.WeakKeyDictionary[Any, StandIn] = weakref.WeakKeyDictionary(
 
 
 class StandIn:
-    """What the states of a paged optimizer are saved as.
+    """What the states of an optimizer are saved as that is in another's place.
 
     Args:
         optim: what the arguments name.
-        paged: what is used.
+        used: what is used.
         group: options of a parameter group, as the optimizer of `optim` has them; None where both save alike.
     """
 
-    def __init__(self, optim: str, paged: str, group: dict[str, Any] | None):
-        self.optim, self.paged, self._group = optim, paged, group
+    def __init__(self, optim: str, used: str, group: dict[str, Any] | None):
+        self.optim, self.used, self._group = optim, used, group
+
+    @property
+    def is_less_precise(self) -> bool:
+        """States of 8 bits for others, or torch's, which have the weights' dtype, for those of 32 bits."""
+        return ("8bit" in self.used and "8bit" not in self.optim) or ("torch" in self.used and "32bit" in self.optim)
 
     def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """As the optimizer of `optim` saves it, of what bitsandbytes does."""
@@ -52,13 +57,18 @@ class StandIn:
         return {"state": {key: _torch_state(one) for key, one in state_dict["state"].items()}, "param_groups": groups}
 
     def to_load(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """As bitsandbytes saves it, of what either does."""
+        """As the optimizer saves it, of what torch's AdamW or bitsandbytes' does.
+
+        Raises:
+            ValueError: states in 8 bits, which torch's has not.
+        """
         known = {*optimizer.defaults, "params", "initial_lr"}
         groups = [
             {**optimizer.defaults, **{key: value for key, value in group.items() if key in known}}
             for group in state_dict["param_groups"]
         ]
-        states = {key: _bitsandbytes_state(one) for key, one in state_dict["state"].items()}
+        convert = _loaded_by_torch if isinstance(optimizer, torch.optim.AdamW) else _bitsandbytes_state
+        states = {key: convert(one) for key, one in state_dict["state"].items()}
         return {"state": states, "param_groups": groups}
 
 
@@ -67,6 +77,18 @@ def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
     flat.pop(_WRAPPED, None)
     flat["step"] = torch.tensor(float(flat["step"]), dtype=torch.float32)
     return {_NAMES.get(name, name): value for name, value in flat.items()}
+
+
+def _loaded_by_torch(state: dict[str, Any]) -> dict[str, Any]:
+    flat = {**state, **state.get(_WRAPPED, {})}
+    if "state1" not in flat:
+        return state
+    if flat["state1"].dtype == torch.uint8:
+        raise ValueError(
+            "hf_turbo: the checkpoint has states in 8 bits, which AdamW of torch cannot take: resume with the optim "
+            "that it was saved with, or 'adamw_8bit'"
+        )
+    return _torch_state(state)
 
 
 def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -79,39 +101,26 @@ def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
     return {**renamed, "step": int(renamed["step"])}
 
 
-@torch.no_grad()
-def page_states(optimizer: Any, apart: str) -> None:
-    """Of states that were loaded into host memory: large ones into memory that pages, others to the device; but for
-    those of the name `apart`, which wait.
+class ChosenOptimizer(Patch):
+    """Hands a trainer an optimizer; its arguments are not touched.
 
-    What bitsandbytes notes on a tensor in paged memory is saved with it, and stands on the loaded one, which is not: to
-    fetch that ends the process.
+    Args:
+        used: by the name that arguments would give.
+        saved_alike: save what the optimizer of the arguments would.
     """
-    paged = {buffer.data_ptr() for buffer in optimizer.page_mng.paged_tensors}
-    for param, state in optimizer.state.items():
-        for name, value in state.items():
-            if not torch.is_tensor(value) or value.data_ptr() in paged or name == apart:
-                continue
-            if name in _NAMES and param.is_cuda and param.numel() >= _LEAST_PAGED:
-                state[name] = optimizer.get_state_buffer(param, dtype=value.dtype).copy_(value)
-            else:
-                state[name] = value.detach().to(param.device)  # detached: without notes
-
-
-class PagedOptimizer(Patch):
-    """Hands a trainer the paged form; its arguments are not touched."""
 
     id = "trainer:optimizer_cls_and_kwargs"
 
-    def __init__(self, trainer: Any, optim: str, paged: str):
+    def __init__(self, trainer: Any, used: str, saved_alike: bool):
         self._trainer = weakref.ref(trainer)
-        stock_cls, stock_options = _choice(trainer, optim)
-        self._chosen = _choice(trainer, paged)
-        group = None
-        if stock_cls is torch.optim.AdamW:
-            group = stock_cls([torch.zeros(1)], **stock_options).param_groups[0]
-            group = {key: value for key, value in group.items() if key != "params"}
-        self._stand_in = StandIn(optim, paged, group)
+        self._chosen = _choice(trainer, used)
+        group, optim = None, optim_of(trainer)
+        if saved_alike:
+            stock_cls, stock_options = _choice(trainer, optim)
+            if stock_cls is torch.optim.AdamW:
+                group = stock_cls([torch.zeros(1)], **stock_options).param_groups[0]
+                group = {key: value for key, value in group.items() if key != "params"}
+        self._stand_in = StandIn(optim, used, group)
 
     def apply(self) -> None:
         trainer = self._trainer()
@@ -129,7 +138,8 @@ class PagedOptimizer(Patch):
 
     def made(self, optimizer: Any) -> None:
         """The trainer has made an optimizer."""
-        if type(optimizer) is self._chosen[0] and optimizer.is_paged:
+        cls, options = self._chosen
+        if type(optimizer) is cls and getattr(optimizer, "is_paged", False) == options.get("is_paged", False):
             _STAND_INS[optimizer] = self._stand_in
 
 
@@ -141,6 +151,19 @@ def optim_of(trainer: Any) -> str:
     return str(getattr(trainer.args.optim, "value", trainer.args.optim))
 
 
+def is_used(trainer: Any, optimizer: Any, named: str) -> bool:
+    """Whether a trainer has an optimizer of this name, or will make one by its arguments.
+
+    Args:
+        optimizer: the trainer's, without accelerate's around it; None if there is none yet.
+    """
+    if optimizer is not None and optimizer in _STAND_INS:
+        return _STAND_INS[optimizer].used == named
+    if optim_of(trainer) != named or trainer.optimizer_cls_and_kwargs is not None:
+        return False
+    return optimizer is None or isinstance(optimizer, _choice(trainer, named)[0])
+
+
 def _choice(trainer: Any, optim: str) -> tuple[Any, dict[str, Any]]:
     """Class and options of an optimizer of that name, by the trainer's arguments."""
     args = copy.copy(trainer.args)
@@ -149,15 +172,15 @@ def _choice(trainer: Any, optim: str) -> tuple[Any, dict[str, Any]]:
     return cls, dict(options)
 
 
-def make(trainer: Any, optim: str, paged: str) -> tuple[PagedOptimizer | None, str]:
+def make(trainer: Any, used: str, saved_alike: bool) -> tuple[ChosenOptimizer | None, str]:
     """The patch, or why it cannot be had."""
     try:
-        return PagedOptimizer(trainer, optim, paged), ""
+        return ChosenOptimizer(trainer, used, saved_alike), ""
     except Exception as error:  # bitsandbytes without a library for this device, or a version that differs
-        return None, f"{paged} cannot be made: {type(error).__name__}: {error}"
+        return None, f"{used} cannot be made: {type(error).__name__}: {error}"
 
 
-def conflict(trainer: Any) -> str | None:
+def conflict(trainer: Any, used: str) -> str | None:
     """Why a trainer's own choice of optimizer stands, or None."""
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         return "the script has made its optimizer"
@@ -170,14 +193,12 @@ def conflict(trainer: Any) -> str | None:
     kind = gathers_weights(trainer)
     if kind is not None:
         return f"{kind} has states of its own"
-    if trainer.accelerator.num_processes > 1:
-        return "each of several processes would decide by itself"
     reason = step_conflict(trainer)
     if reason is not None:
         return reason
     if not is_plain(*trainer.model.parameters()):
         return "parameters are tensor subclasses"
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if "torch" not in used and importlib.util.find_spec("bitsandbytes") is None:
         return "bitsandbytes is not installed: pip install bitsandbytes"
     return None
 
