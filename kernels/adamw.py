@@ -31,8 +31,8 @@ than 1/512 in the same way. Two ways out (see _bf16_weights.py), with states of 
 
 How the nearest code is found: a map of bitsandbytes has 1, 2, 4 ... 64 values (twice as many if it has no negative
 ones), evenly spread, in each decade from 1e-7 to 1. The number of thresholds below x is near the least of seven linear
-functions of x, one for each decade, since each is less steep than the one before. That is off by so little, in float16
-too, that one comparison with one threshold is left, which is exact. Tables of 256 numbers lie in shared memory: what
+functions of x, one for each decade, since each is less steep than the one before. That is off by less than a half, in
+float16 too: rounded to an integer it says which threshold alone is left to compare with, which is exact. Tables of 256 numbers lie in shared memory: what
 bounds the kernel is the number of instructions, and in L1 each look-up would cost one for each line that a warp hits.
 
 Both kernels are compiled without fused multiply-add, so that a weight with its remainder takes the very steps of a
@@ -276,22 +276,20 @@ def _average(old, new, beta, weight):
 
 
 @triton.jit
-def _new_param(param, m, root, factors, DECAY_LAST: tl.constexpr):
-    """`root` is that of v; `factors` points to the tensor's row."""
-    update = tl.load(factors) * (m / tl.fma(root, tl.load(factors + 1), tl.load(factors + 2)))
+def _change(param, update, factors, DECAY_LAST: tl.constexpr):
+    """What is taken from the parameter. It is summed first: the parameter, far larger, is rounded once."""
     decay = tl.load(factors + 3)
-    # What is taken away is summed first: the parameter, far larger, is rounded once.
     if DECAY_LAST:
         change = tl.fma(param - update, decay, update)
     else:
         change = tl.fma(param, decay, update)
-    return param - change
+    return change
 
 
 @triton.jit
-def _load_grad(address, start, element, mask, scale_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
+def _load_grad(address, start, element, mask, other, scale_ptr, GRAD: tl.constexpr, ALIGNED: tl.constexpr):
     """float32; scaled, if there is a scale, and rounded as clipping would have written it."""
-    grad = tl.load(pointer_at(address, GRAD, ALIGNED) + start + element, mask=mask, other=0.0).to(tl.float32)
+    grad = tl.load(pointer_at(address, GRAD, ALIGNED) + start + element, mask=mask, other=other).to(tl.float32)
     if scale_ptr is not None:
         grad = (grad * tl.load(scale_ptr)).to(GRAD).to(tl.float32)
     return grad
@@ -370,13 +368,14 @@ def _update_kernel(
         rest = tl.multiple_of(rest, 16)
     element = tl.arange(0, CHUNK)
     mask = element < rest
-    grad = _load_grad(grad_address, start, element, mask, scale_ptr, GRAD, ALIGNED)
+    grad = _load_grad(grad_address, start, element, mask, 0.0, scale_ptr, GRAD, ALIGNED)
     m = tl.load(m_ptr + element, mask=mask, other=0.0).to(tl.float32)
     v = tl.load(v_ptr + element, mask=mask, other=0.0).to(tl.float32)
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
     m = _average(m, grad, tl.load(factors + 4), tl.load(factors + 5))
     v = _average(v, grad * grad, tl.load(factors + 6), tl.load(factors + 7))
-    param = _new_param(param, m, tl.sqrt_rn(v), factors, DECAY_LAST)
+    update = tl.load(factors) * (m / tl.fma(tl.sqrt_rn(v), tl.load(factors + 1), tl.load(factors + 2)))
+    param -= _change(param, update, factors, DECAY_LAST)
     word = element
     if RANDOM:
         word = random_word(keys_ptr, tensor, start + element)
@@ -401,21 +400,19 @@ def _scale(absmax):
 @triton.jit
 def _nearest_code(x, ends, SIGNED: tl.constexpr):
     """The code (int32) of |x| <= 1, which is given times _SEARCH_SCALE. `ends` is what `_search_table` makes."""
-    # In float16, of which a GPU computes two at a time. Between 256 and 512 its last two bits are quarters, so that the
-    # others say how many values are below; with halves of all that, its last three are eighths.
-    items: tl.constexpr = 0.5 if SIGNED else 1.0
-    size = tl.abs(x).to(tl.float16)
-    below = tl.full(x.shape, items * 510.5, tl.float16)  # no more, whatever x
+    # In float16, of which a GPU computes two at a time. From 1024 on it holds integers, in its last bits.
+    items: tl.constexpr = 1.0 if SIGNED else 2.0
+    size = tl.abs(x.to(tl.float16))
+    below = tl.full(x.shape, 127.0 if SIGNED else 254.0, tl.float16)  # no more, whatever x
     for decade in tl.static_range(_DECADES):
-        slope = tl.full(x.shape, items * 2.0 * 2.0**decade * 10.0 ** (6 - decade) / 0.9 / _SEARCH_SCALE, tl.float16)
-        offset = tl.full(x.shape, items * (2.0**decade * 1.6 / 0.9 + 254.5), tl.float16)
+        slope = tl.full(x.shape, items * 2.0**decade * 10.0 ** (6 - decade) / 0.9 / _SEARCH_SCALE, tl.float16)
+        offset = tl.full(x.shape, items * (2.0**decade * 0.8 / 0.9 - 1.0), tl.float16)
         below = tl.minimum(below, tl.fma(size, slope, offset))
-    bits = below.to(tl.int16, bitcast=True).to(tl.int32)
+    index = (below + 1024.0).to(tl.int16, bitcast=True).to(tl.int32) - 0x6400
     if SIGNED:
-        sign = bits_of(x) >> 31
-        index = ((bits >> 3) & 127) ^ (sign & 255) ^ 128  # 128 + below, or 127 - below
+        index = index ^ ((x.to(tl.int32, bitcast=True) >> 31) & 255) ^ 128  # 128 + index, or 127 - index
     else:
-        index = ((bits >> 2) & 255) + 1
+        index += 1
     return tl.where(x > tl.gather(ends, index, 0), index, index - 1)
 
 
@@ -463,7 +460,8 @@ def _update_8bit_kernel(
     element = tl.arange(0, CHUNK)
     mask = element < rest
     value = tl.arange(0, 256)
-    grad = _load_grad(grad_address, start, element, mask, scale_ptr, GRAD, ALIGNED)
+    # What is not there is not finite, and has no part in the block's largest magnitude.
+    grad = _load_grad(grad_address, start, element, mask, float("inf"), scale_ptr, GRAD, ALIGNED)
     code1 = tl.load(code1_ptr + element, mask=mask, other=0).to(tl.int32)
     code2 = tl.load(code2_ptr + element, mask=mask, other=0).to(tl.int32)
     param = _load_param(pointers, start, element, mask, PARAM, ALIGNED, REMAINDER)
@@ -471,14 +469,17 @@ def _update_8bit_kernel(
     scale1 = tl.load(absmax1_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 4)
     scale2 = tl.load(absmax2_ptr + block, mask=in_rest, other=0.0) * tl.load(factors + 6)
 
-    finite = mask & (tl.abs(grad) < float("inf"))
+    finite = tl.abs(grad) < float("inf")
     m = tl.gather(tl.load(map1_ptr + value), code1, 0)
     v = tl.gather(tl.load(map2_ptr + value), code2, 0)
     m = tl.fma(m, _of_elements(scale1, CHUNK), tl.load(factors + 5) * grad)
     v = tl.fma(v, _of_elements(scale2, CHUNK), tl.load(factors + 7) * grad * grad)
     m = tl.where(finite, m, 0.0)
     v = tl.where(finite, v, 0.0)
-    param = tl.where(finite, _new_param(param, m, tl.sqrt(v), factors, DECAY_LAST), param)
+    # The reciprocal as the square of a root: one instruction, where a division takes nine.
+    root = tl.rsqrt(tl.fma(tl.sqrt(v), tl.load(factors + 1), tl.load(factors + 2)))
+    update = tl.load(factors) * m * root * root
+    param -= tl.where(finite, _change(param, update, factors, DECAY_LAST), 0.0)
     word = element
     if RANDOM:
         word = random_word(keys_ptr, tensor, start + element)
