@@ -32,8 +32,9 @@ than 1/512 in the same way. Two ways out (see _bf16_weights.py), with states of 
 How the nearest code is found: a map of bitsandbytes has 1, 2, 4 ... 64 values (twice as many if it has no negative
 ones), evenly spread, in each decade from 1e-7 to 1. The number of thresholds below x is near the least of seven linear
 functions of x, one for each decade, since each is less steep than the one before. That is off by less than a half, in
-float16 too: rounded to an integer it says which threshold alone is left to compare with, which is exact. Tables of 256 numbers lie in shared memory: what
-bounds the kernel is the number of instructions, and in L1 each look-up would cost one for each line that a warp hits.
+float16 too: rounded to an integer it says which threshold alone is left to compare with, which is exact. Tables of 256
+numbers lie in shared memory: what bounds the kernel is the number of instructions, and in L1 each look-up would cost
+one for each line that a warp hits.
 
 Both kernels are compiled without fused multiply-add, so that a weight with its remainder takes the very steps of a
 float32 weight: with it the compiler contracts the two in different places, and their last bits part.
