@@ -176,7 +176,8 @@ def with_dense_weights(model: Any) -> Any:
 def switched_off(*but: str) -> dict[str, bool | str]:
     """Options that leave every feature stock, except those named, which are not among them."""
     switches = [field.name for field in fields(TurboConfig) if isinstance(field.default, (bool, str))]
-    off: dict[str, bool | str] = {**dict.fromkeys(switches, False), "memory": "as_is", "bf16_weights": "as_is"}
+    choices = {"memory": "as_is", "bf16_weights": "as_is", "optim": "auto"}
+    off: dict[str, bool | str] = {**dict.fromkeys(switches, False), **choices}
     return {name: value for name, value in off.items() if name not in but}
 
 

@@ -39,7 +39,6 @@ MEASURED = [
     ("llama8b-qlora-nockpt", "auto", None, 19.79, 0.02),  # LoRA and QLoRA, third row
     ("llama8b-qlora-32k", "auto", H200, 66.79, 0.01),  # Memory
     ("llama8b-qlora-32k", "min_memory", H200, 9.14, 0.01),
-    ("llama8b-qlora-131k", "min_memory", H200, 19.64, 0.10),
     ("llama1b-full", "auto", H100, 14.89, 0.01),  # Full fine-tuning
     ("qwen3-4b-full", "auto", H100, 30.79, 0.03),
     ("llama8b-full", "auto", H100, 30.24, 0.01),

@@ -250,9 +250,14 @@ def test_another_trainer_of_the_same_model_judges_for_itself(passes, tmp_path):
 WITH_REFERENCE = [make_dpo, make_adapted_dpo, make_kto, make_grpo, make_rloo]
 
 
-@pytest.mark.parametrize("make", [make_sft, make_reward, make_plain, *WITH_REFERENCE])
+TRAINERS = [make_sft, make_reward, make_plain, *WITH_REFERENCE]
+IN_SHORT = [(make, True, 3, 0.1) for make in TRAINERS]
+LONG = [(make, False, 100, 0.02) for make in (make_sft, make_reward, make_plain, make_adapted_dpo, make_grpo)]
+
+
 @pytest.mark.parametrize(
-    ("checkpointing", "steps", "rate"), [pytest.param(False, 100, 0.02, marks=pytest.mark.newest), (True, 3, 0.1)]
+    ("make", "checkpointing", "steps", "rate"),
+    [*IN_SHORT, *(pytest.param(*case, marks=pytest.mark.newest) for case in LONG)],
 )
 def test_trainers(make, checkpointing, steps, rate, passes, without_gradients, tmp_path):
     """Log-probabilities of a reference model, or of the policy without its adapter, go without padding, too."""

@@ -328,7 +328,7 @@ def test_same_bits_every_time(device, low):
     shape = (700, 1000) if device.type == "cuda" else (200, INPUTS)
     inputs = inputs_of(QKV, device, BF16, low, shape, m=FP32)
     first = outputs_and_gradients(turbo_of(QKV, low), inputs)
-    for _ in range(3):
+    for _ in range(3 if device.type == "cuda" else 1):
         assert_same_bits(outputs_and_gradients(turbo_of(QKV, low), inputs), first)
 
 

@@ -193,7 +193,7 @@ def test_entropy_gradient(device, frozen):
     check(turbo, stock, inputs)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_optional_outputs(device, dtype):
     inputs, labels = operands(device, dtype, masked=0.0)
     labels[::2] = F.linear(inputs["hidden"], inputs["weight"], inputs["bias"]).argmax(-1)[::2]
