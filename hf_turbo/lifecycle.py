@@ -376,7 +376,9 @@ class _Activation:
 
     def meet_optimizer(self, optimizer: Any, accelerator: Any) -> None:
         """Patches an optimizer that is about to be prepared, and records its row."""
-        from hf_turbo.patches import optimizers
+        from hf_turbo.patches import optimizer_choice, optimizers
+
+        from .training import not_by_name
 
         weights = self.config.bf16_weights
         asked: dict[str, tuple[Any, str]] = {} if weights == "as_is" else {"bf16_weights": (weights, "as_is")}
@@ -387,10 +389,10 @@ class _Activation:
         if trainer is not None:
             self.training[trainer].optimizer_made(optimizer)
         elif self.config.optim != "auto":
-            raise RuntimeError(
-                f"hf_turbo: optim={self.config.optim!r} was asked for but cannot be had: a loop of your own makes its "
-                "optimizer. Use optim='auto' to go on without it"
-            )
+            raise not_by_name(self.config.optim, "a loop of your own makes its optimizer")
+        if self.config.optim != "auto" and optimizer_choice.stand_in_of(optimizer) is not None:
+            asked |= {"optim": (self.config.optim, "auto")}  # without a patch it would load no states of others
+            on_cpu = True
         conflict = optimizers.conflict(optimizer, accelerator, on_cpu)
         name = type(optimizer).__name__
         finding = optimizers.find(optimizer, self.report.notes.append, on_cpu, weights, self._seed(accelerator))

@@ -35,6 +35,13 @@ def not_in_backward(reason: str) -> RuntimeError:
     )
 
 
+def not_by_name(named: str, reason: str) -> RuntimeError:
+    """What to raise where an optimizer that is asked for by name cannot be had."""
+    return RuntimeError(
+        f"hf_turbo: optim={named!r} was asked for but cannot be had: {reason}. Use optim='auto' to go on without it"
+    )
+
+
 class Training:
     """A trainer that is training under hf_turbo.
 
@@ -129,16 +136,14 @@ class Training:
         if named == "auto":
             self._page_optimizer(optim)
             return
-        if optimizer_choice.is_used(self._trainer, optimizers.unwrapped(self._trainer.optimizer), named):
+        made = self._trainer.optimizer if optimizer_choice.has_optimizer(self._trainer) else None
+        if optimizer_choice.is_used(self._trainer, optimizers.unwrapped(made), named):
             return
         reason = optimizer_choice.conflict(self._trainer, named)
         if reason is None:
             self._chosen, reason = optimizer_choice.make(self._trainer, named, saved_alike=False)
         if self._chosen is None:
-            raise RuntimeError(
-                f"hf_turbo: optim={named!r} was asked for but cannot be had: {reason}. Use optim='auto' to go on "
-                "without it"
-            )
+            raise not_by_name(named, reason)
         self._report.notes.append(f"optim={named!r} in the place of {optim}; checkpoints have its states")
         self._patches.append(self._chosen)
 
@@ -151,7 +156,7 @@ class Training:
         if self._config.optimizer is False or self._config.memory == "as_is" or optim not in optimizers.PAGED_FORMS:
             return
         free = device_memory.free(device)
-        if free is None or trainer.optimizer is not None or trainer.model is None:
+        if free is None or optimizer_choice.has_optimizer(trainer) or trainer.model is None:
             return
         trained = [footprint.Trained(*each) for each in optimizer_choice.trained(trainer.model)]
         exact = self._config.bf16_weights == "exact_master"
@@ -177,9 +182,17 @@ class Training:
         self._patches.append(self._chosen)
 
     def optimizer_made(self, optimizer: Any) -> None:
-        """The trainer is about to prepare its optimizer."""
-        if self._chosen is not None:
-            self._chosen.made(optimizer)
+        """The trainer is about to prepare an optimizer, as a rule its own.
+
+        Raises:
+            RuntimeError: its own is not the one that is asked for by name.
+        """
+        from hf_turbo.patches import optimizers
+
+        if self._chosen is None or self._chosen.made(optimizer):
+            return
+        if self._config.optim != "auto" and optimizers.unwrapped(self._trainer.optimizer) is optimizer:
+            raise not_by_name(self._config.optim, f"the trainer has made {type(optimizer).__name__}")
 
     def step_in_backward(self, optimizer: Any) -> Finding:
         """Has the trainer's optimizer, which is about to be prepared, step within backward.

@@ -12,6 +12,7 @@ version tells (but for writes to `weight.data`), the master is what was written.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from itertools import chain
 from operator import attrgetter
@@ -38,11 +39,21 @@ def has_bf16(optimizer: Any) -> bool:
     return any(param.dtype == torch.bfloat16 for group in optimizer.param_groups for param in group["params"])
 
 
+# In managed memory, which is never freed: of each optimizer, by id of a weight.
+_PAGED: weakref.WeakKeyDictionary[Any, dict[int, torch.Tensor]] = weakref.WeakKeyDictionary()
+
+
 def _no_remainder(optimizer: Any, param: torch.Tensor, state: dict[str, Any]) -> torch.Tensor:
     """Zeros, where the other states are."""
-    if param.is_cuda and any(map(managed_memory.is_paged, state.values())):
-        return managed_memory.zeros(optimizer, param, torch.int16)
-    return torch.zeros_like(param, dtype=torch.int16)
+    if not (managed_memory.pages(optimizer) and any(map(managed_memory.is_paged, state.values()))):
+        return torch.zeros_like(param, dtype=torch.int16)
+    mine = _PAGED.setdefault(optimizer, {})
+    rest = mine.get(id(param))
+    if rest is None or rest.shape != param.shape:
+        rest = mine[id(param)] = managed_memory.zeros(optimizer, param, torch.int16)
+    else:
+        managed_memory.clear(rest)
+    return rest
 
 
 class Bf16Weights:
@@ -89,7 +100,8 @@ class Bf16Weights:
         """Forgets remainders of weights that somebody else has written."""
         for param, state in remaindered:
             if self._versions.get(id(param), param._version) != param._version:
-                state[REMAINDER].zero_()
+                rest = state[REMAINDER]
+                managed_memory.clear(rest) if managed_memory.is_paged(rest) else rest.zero_()
                 self._tell(
                     "bf16_weights: something else than the optimizer wrote weights between steps, be it the bits that "
                     "they had; their masters are what was written, and the 16 bits more are lost"
@@ -116,6 +128,7 @@ class Bf16Weights:
                     if name == REMAINDER:
                         state.pop(name, None)
                 elif name == REMAINDER:
+                    value = value.clone()  # it may be the very memory that is taken again
                     state[name] = _no_remainder(optimizer, param, state).copy_(value)
                 else:
                     state[name] = value.to(param.device, copy=True)

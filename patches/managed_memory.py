@@ -16,7 +16,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,11 +39,48 @@ def zeros(optimizer: Any, param: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     from bitsandbytes import functional
 
     data = functional.get_paged(param.numel() * dtype.itemsize, dtype=torch.uint8, device=param.device)
-    functional.fill(data, 0)
     optimizer.page_mng.paged_tensors.append(data)
     state = data.view(dtype).view(param.shape)
     state.is_paged, state.page_deviceid = True, data.page_deviceid
+    clear(state)
     return state
+
+
+def clear(state: torch.Tensor) -> None:
+    """Zeros, by the GPU, where the pages are; the host waits."""
+    from bitsandbytes import functional
+
+    data = state.view(-1).view(torch.uint8)
+    data.is_paged = True  # type: ignore[attr-defined]
+    functional.fill(data, 0)
+
+
+_LATER = [0]
+
+
+@contextmanager
+def read_later() -> Iterator[None]:
+    """Steps within are parts of one, and nobody reads states before the last."""
+    _LATER[0] += 1
+    try:
+        yield
+    finally:
+        _LATER[0] -= 1
+
+
+def wait_for(optimizer: Any) -> None:
+    """What was launched on states in managed memory, which are CPU tensors: who reads them waits for no device."""
+    if pages(optimizer) and not _LATER[0]:
+        torch.cuda.synchronize(_first(optimizer).device)
+
+
+def pages(optimizer: Any) -> bool:
+    """Whether it has states in managed memory."""
+    return getattr(optimizer, "is_paged", False) and _first(optimizer).is_cuda
+
+
+def _first(optimizer: Any) -> torch.Tensor:
+    return next(param for group in optimizer.param_groups for param in group["params"])
 
 
 @torch.no_grad()
@@ -75,6 +113,7 @@ class ManagedStates:
         self._note = note
         self._tensors: list[torch.Tensor] = []
         self._reached: set[int] = set()  # addresses; this memory is never freed
+        self._are_reached = True  # where they are, all of them
         self._next = 0.0  # when to ask for all of them again
 
     def hold(self, tensors: list[torch.Tensor]) -> None:
@@ -84,6 +123,7 @@ class ManagedStates:
         for tensor in new:
             self._reached.add(tensor.data_ptr())
             if not _let_reach(tensor):
+                self._are_reached = False
                 self._note("paged states: the driver lets the GPU reach none that is on the host; it moves them")
         if new:
             self.fetch_soon()
@@ -95,7 +135,7 @@ class ManagedStates:
     def fetch_if_due(self) -> None:
         """Asks for them, in the order of the kernels that come after; the host does not wait."""
         now = time.monotonic()
-        if not self._tensors or now < self._next:
+        if not self._tensors or (now < self._next and self._are_reached):
             return
         from bitsandbytes import functional
 

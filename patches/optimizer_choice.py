@@ -1,9 +1,9 @@
 """Another optimizer in the place of the AdamW that a Trainer's arguments name: its paged form, or one chosen by name.
 
-The Trainer is handed a class and its options by `optimizer_cls_and_kwargs`, as a script may do; the arguments stay the
-script's. So do checkpoints where the paged form of the same stands in: one of torch's AdamW saves what torch's would,
-and loads it, so that a run goes on with or without hf_turbo, paged or not. One that was chosen by name saves its own
-states, and loads those of the others as far as they are no less precise.
+The Trainer asks for a class and its options of arguments that name another optimizer, when it makes one; its own stay
+the script's. So do checkpoints where the paged form of the same stands in: one of torch's AdamW saves what torch's
+would, and loads it, so that a run goes on with or without hf_turbo, paged or not. One that was chosen by name saves its
+own states, and loads those of the others but for 8 bits in the place of more.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from .engine import Patch, is_plain
 from .random_numbers import RandomStates
-from .trainer import gathers_weights, step_conflict
+from .trainer import gathers_weights, method_of, step_conflict
 
 _WRAPPED = "__bnb_optimizer_quant_state__"  # where bitsandbytes saves states, so that FSDP does not gather them
 _NAMES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
@@ -46,12 +46,13 @@ class StandIn:
         """States of 8 bits for others, or torch's, which have the weights' dtype, for those of 32 bits."""
         return ("8bit" in self.used and "8bit" not in self.optim) or ("torch" in self.used and "32bit" in self.optim)
 
-    def saved(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+    def saved(self, optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
         """As the optimizer of `optim` saves it, of what bitsandbytes does."""
         if self._group is None:
             return state_dict
+        foreign = optimizer.defaults.keys() - self._group.keys()
         groups = [
-            {**self._group, **{k: v for k, v in group.items() if k in self._group or k in ("params", "initial_lr")}}
+            {**self._group, **{key: value for key, value in group.items() if key not in foreign}}
             for group in state_dict["param_groups"]
         ]
         return {"state": {key: _torch_state(one) for key, one in state_dict["state"].items()}, "param_groups": groups}
@@ -60,35 +61,38 @@ class StandIn:
         """As the optimizer saves it, of what torch's AdamW or bitsandbytes' does.
 
         Raises:
-            ValueError: states in 8 bits, which torch's has not.
+            ValueError: states in 8 bits for others.
         """
-        known = {*optimizer.defaults, "params", "initial_lr"}
+        known = {*optimizer.defaults, "initial_lr"}.union(*optimizer.param_groups)  # schedulers have some there
         groups = [
             {**optimizer.defaults, **{key: value for key, value in group.items() if key in known}}
             for group in state_dict["param_groups"]
         ]
-        convert = _loaded_by_torch if isinstance(optimizer, torch.optim.AdamW) else _bitsandbytes_state
+        if "8bit" not in self.used and any(map(_is_8bit, state_dict["state"].values())):
+            raise ValueError(
+                f"hf_turbo: the checkpoint has states in 8 bits, which {self.used} cannot take: resume with the optim "
+                "that it was saved with"
+            )
+        convert = _torch_state if isinstance(optimizer, torch.optim.AdamW) else _bitsandbytes_state
         states = {key: convert(one) for key, one in state_dict["state"].items()}
         return {"state": states, "param_groups": groups}
 
 
+def _is_8bit(state: dict[str, Any]) -> bool:
+    state1 = _flat(state).get("state1")
+    return torch.is_tensor(state1) and state1.dtype == torch.uint8 and "qmap1" in _flat(state)
+
+
+def _flat(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in {**state, **state.get(_WRAPPED, {})}.items() if name != _WRAPPED}
+
+
 def _torch_state(state: dict[str, Any]) -> dict[str, Any]:
-    flat = {**state, **state.get(_WRAPPED, {})}
-    flat.pop(_WRAPPED, None)
-    flat["step"] = torch.tensor(float(flat["step"]), dtype=torch.float32)
-    return {_NAMES.get(name, name): value for name, value in flat.items()}
-
-
-def _loaded_by_torch(state: dict[str, Any]) -> dict[str, Any]:
-    flat = {**state, **state.get(_WRAPPED, {})}
+    flat = _flat(state)
     if "state1" not in flat:
         return state
-    if flat["state1"].dtype == torch.uint8:
-        raise ValueError(
-            "hf_turbo: the checkpoint has states in 8 bits, which AdamW of torch cannot take: resume with the optim "
-            "that it was saved with, or 'adamw_8bit'"
-        )
-    return _torch_state(state)
+    flat["step"] = torch.tensor(float(flat["step"]), dtype=torch.float32)
+    return {_NAMES.get(name, name): value for name, value in flat.items()}
 
 
 def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -102,45 +106,49 @@ def _bitsandbytes_state(state: dict[str, Any]) -> dict[str, Any]:
 
 
 class ChosenOptimizer(Patch):
-    """Hands a trainer an optimizer; its arguments are not touched.
+    """Has a trainer make another optimizer; its arguments are not touched.
 
     Args:
         used: by the name that arguments would give.
         saved_alike: save what the optimizer of the arguments would.
     """
 
-    id = "trainer:optimizer_cls_and_kwargs"
+    id = "trainer:get_optimizer_cls_and_kwargs"
 
     def __init__(self, trainer: Any, used: str, saved_alike: bool):
-        self._trainer = weakref.ref(trainer)
-        self._chosen = _choice(trainer, used)
+        self._trainer, self._used = weakref.ref(trainer), used
+        self._cls, _ = _choice(trainer, trainer.args, used)
         group, optim = None, optim_of(trainer)
         if saved_alike:
-            stock_cls, stock_options = _choice(trainer, optim)
+            stock_cls, stock_options = _choice(trainer, trainer.args, optim)
             if stock_cls is torch.optim.AdamW:
                 group = stock_cls([torch.zeros(1)], **stock_options).param_groups[0]
                 group = {key: value for key, value in group.items() if key != "params"}
         self._stand_in = StandIn(optim, used, group)
 
+    def _choose(self, args: Any, *rest: Any) -> tuple[Any, dict[str, Any]]:
+        """In the place of `Trainer.get_optimizer_cls_and_kwargs`: a search may have changed what else arguments say."""
+        return _choice(self._trainer(), args, self._used)
+
     def apply(self) -> None:
         trainer = self._trainer()
         if trainer is not None:
-            trainer.optimizer_cls_and_kwargs = self._chosen
+            trainer.get_optimizer_cls_and_kwargs = self._choose
 
     def revert(self) -> bool:
         trainer = self._trainer()
         if trainer is None:
             return True
-        if trainer.optimizer_cls_and_kwargs is not self._chosen:
+        if vars(trainer).get("get_optimizer_cls_and_kwargs") != self._choose:
             return False
-        trainer.optimizer_cls_and_kwargs = None
+        del trainer.get_optimizer_cls_and_kwargs
         return True
 
-    def made(self, optimizer: Any) -> None:
-        """The trainer has made an optimizer."""
-        cls, options = self._chosen
-        if type(optimizer) is cls and getattr(optimizer, "is_paged", False) == options.get("is_paged", False):
+    def made(self, optimizer: Any) -> bool:
+        """The trainer has made an optimizer; whether it is this one."""
+        if type(optimizer) is self._cls:
             _STAND_INS[optimizer] = self._stand_in
+        return optimizer in _STAND_INS
 
 
 def stand_in_of(optimizer: Any) -> StandIn | None:
@@ -158,17 +166,31 @@ def is_used(trainer: Any, optimizer: Any, named: str) -> bool:
         optimizer: the trainer's, without accelerate's around it; None if there is none yet.
     """
     if optimizer is not None and optimizer in _STAND_INS:
-        return _STAND_INS[optimizer].used == named
-    if optim_of(trainer) != named or trainer.optimizer_cls_and_kwargs is not None:
+        return _same(_STAND_INS[optimizer].used, named)
+    if not _same(optim_of(trainer), named) or trainer.optimizer_cls_and_kwargs is not None:
         return False
-    return optimizer is None or isinstance(optimizer, _choice(trainer, named)[0])
+    if optimizer is None:
+        return True
+    cls, options = _choice(trainer, trainer.args, named)
+    bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
+    return (
+        isinstance(optimizer, cls)
+        and getattr(optimizer, "is_paged", False) == options.get("is_paged", False)
+        and bits == options.get("optim_bits", bits)
+        and bool(optimizer.defaults.get("fused")) == bool(options.get("fused"))
+    )
 
 
-def _choice(trainer: Any, optim: str) -> tuple[Any, dict[str, Any]]:
-    """Class and options of an optimizer of that name, by the trainer's arguments."""
-    args = copy.copy(trainer.args)
+def _same(optim: str, other: str) -> bool:
+    """bitsandbytes' 8 bits have two names."""
+    return optim.replace("_bnb", "") == other.replace("_bnb", "")
+
+
+def _choice(trainer: Any, args: Any, optim: str) -> tuple[Any, dict[str, Any]]:
+    """Class and options of an optimizer of that name, by a trainer's arguments."""
+    args = copy.copy(args)
     object.__setattr__(args, "optim", type(args.optim)(optim))
-    cls, options = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    cls, options = type(trainer).get_optimizer_cls_and_kwargs(args, trainer.model)
     return cls, dict(options)
 
 
@@ -180,12 +202,19 @@ def make(trainer: Any, used: str, saved_alike: bool) -> tuple[ChosenOptimizer | 
         return None, f"{used} cannot be made: {type(error).__name__}: {error}"
 
 
+def has_optimizer(trainer: Any) -> bool:
+    """Whether it trains with one that is there already; where it makes its model itself it makes another."""
+    return trainer.optimizer is not None and trainer.model_init is None
+
+
 def conflict(trainer: Any, used: str) -> str | None:
     """Why a trainer's own choice of optimizer stands, or None."""
-    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+    if has_optimizer(trainer) or trainer.optimizer_cls_and_kwargs is not None:
         return "the script has made its optimizer"
+    if "adamw" not in optim_of(trainer):
+        return f"the arguments name {optim_of(trainer)}, which is no AdamW"
     for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
-        method = getattr(type(trainer), name)
+        method = method_of(trainer, name)
         if method.__module__.partition(".")[0] not in {"transformers", "trl"}:
             return f"{method.__qualname__} is the script's"
     if trainer.args.optim_args:

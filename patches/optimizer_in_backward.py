@@ -30,7 +30,7 @@ import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from . import accelerate, checkpointing, optimizers
+from . import accelerate, checkpointing, managed_memory, optimizers
 from .engine import Exactness, Finding, Patch, is_live, is_plain, once, stock_class
 from .trainer import gathers_weights, norm_conflict, parallelism, step_conflict, watches_gradients
 
@@ -108,7 +108,8 @@ class StepInBackward(Patch):
         norms = torch._foreach_norm(grads, 2.0) if self._clipped is None else [self._clipped.norm] * len(grads)
         if self._clipped is not None:
             torch._foreach_mul_(grads, self._clipped.scale)
-        type(self._optimizer).step(self._optimizer)
+        with managed_memory.read_later():
+            type(self._optimizer).step(self._optimizer)
         self._let_go(norms)
 
     @torch.no_grad()

@@ -190,7 +190,7 @@ class _Stepper:
             classes.remove(type(None))
             given = [grad for grad in grads if grad is not None]
         if not given:
-            _wait_for_managed(optimizer, params[0])
+            managed_memory.wait_for(optimizer)
             return
         if classes != {torch.Tensor}:
             raise _NotUnderstood(f"gradients are {', '.join(sorted(cls.__name__ for cls in classes))}")
@@ -199,7 +199,7 @@ class _Stepper:
         if plan is None or not plan.is_current(optimizer, params) or any(grads[i] is not None for i in plan.stateless):
             self._plan = None  # frees the old tables first
             plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes, self.weights)
-            if _pages(optimizer, params[0]):
+            if managed_memory.pages(optimizer):
                 self.managed.hold([value for state in plan.states for value in state.values() if is_paged(value)])
         clipped = clipping.for_step(given)
         addresses = self._addresses(plan, grads, given, clipped)
@@ -225,7 +225,7 @@ class _Stepper:
         self.weights.end_step(plan.remaindered)
         if tell_lost is not None:
             tell_lost(int(max(float(state["step"]) for state in plan.states)))
-        _wait_for_managed(optimizer, params[0])
+        managed_memory.wait_for(optimizer)
 
     def _addresses(
         self, plan: _Plan, grads: list[torch.Tensor | None], given: list[torch.Tensor], clipped: clipping.Clipped | None
@@ -245,18 +245,6 @@ class _Stepper:
             return addresses
         remaining = iter(addresses)
         return [0 if grad is None else next(remaining) for grad in grads]
-
-
-def _wait_for_managed(optimizer: Any, param: torch.Tensor) -> None:
-    """States in managed memory are CPU tensors: whoever reads them does not wait for the device. Nobody does within
-    backward, where an optimizer may make its step in parts; the last part comes after it.
-    """
-    if _pages(optimizer, param) and torch._C._current_graph_task_id() == -1:
-        torch.cuda.synchronize(param.device)
-
-
-def _pages(optimizer: Any, param: torch.Tensor) -> bool:
-    return getattr(optimizer, "is_paged", False) and param.is_cuda
 
 
 def _refuse_overrides(optimizer: Any) -> None:
@@ -479,9 +467,10 @@ def _same_name_subclass(base: type) -> type:
 
     def state_dict(self: Any) -> Any:
         stand_in, stepper = optimizer_choice.stand_in_of(self), _PATCHED.get(self)
+        managed_memory.wait_for(self)
         if stepper is not None:
             stepper.managed.fetch_soon()
-        return stock_state_dict(self) if stand_in is None else stand_in.saved(stock_state_dict(self))
+        return stock_state_dict(self) if stand_in is None else stand_in.saved(self, stock_state_dict(self))
 
     look_like(load_state_dict, stock_load)
     look_like(state_dict, stock_state_dict)

@@ -24,7 +24,7 @@ from tests.patches.test_bf16_weights import trainer as make_trainer
 
 pytestmark = [pytest.mark.newest, pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")]
 
-pytest.importorskip("bitsandbytes")
+bitsandbytes = pytest.importorskip("bitsandbytes")
 
 GIB = 2**30
 
@@ -98,7 +98,7 @@ def test_stands_in_for_the_users_choice(tmp_path, scarce, optim):
     assert type(optimizer).__module__.startswith("bitsandbytes")
     assert optimizer.is_paged
     assert turbo.args.optim == optim
-    assert turbo.optimizer_cls_and_kwargs is None
+    assert "get_optimizer_cls_and_kwargs" not in vars(turbo)
     assert curve(turbo) == pytest.approx(curve(stock), rel=2e-4)
     report = json.loads((tmp_path / "turbo" / "hf_turbo_report.json").read_text())
     row = next(row for row in report["rows"] if row["role"] == "optimizer")
@@ -148,7 +148,7 @@ def test_by_name(tmp_path, optim, named):
     given = {"turbo_options": {"optim": named}}
     turbo = run(tmp_path / "turbo", True, optim=optim, **given)
     assert turbo.args.optim == optim
-    assert turbo.optimizer_cls_and_kwargs is None
+    assert "get_optimizer_cls_and_kwargs" not in vars(turbo)
     assert curve(turbo) == curve(told)
     report = json.loads((tmp_path / "turbo" / "hf_turbo_report.json").read_text())
     row = next(row for row in report["rows"] if row["role"] == "optimizer")
@@ -177,17 +177,65 @@ def test_states_of_the_scripts_own(tmp_path, optim, named):
 def test_states_of_no_use_by_name(tmp_path):
     """8 bits are not what torch's AdamW goes on from."""
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(3))])
-    state = {"state1": torch.zeros(3, dtype=torch.uint8), "state2": torch.zeros(3, dtype=torch.uint8), "step": 1}
+    codes = torch.zeros(3, dtype=torch.uint8)
+    state = {"state1": codes, "state2": codes, "qmap1": torch.zeros(256), "step": 1}
     saved = {"state": {0: {"__bnb_optimizer_quant_state__": state}}, "param_groups": [{"params": [0], "alpha": 0.0}]}
     stand_in = optimizer_choice.StandIn("adamw_8bit", "adamw_torch", None)
     with pytest.raises(ValueError, match=r"states in 8 bits.*resume with the optim"):
         stand_in.to_load(optimizer, saved)
+    wide = bitsandbytes.optim.AdamW([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match=r"states in 8 bits, which paged_adamw_32bit cannot take"):
+        optimizer_choice.StandIn("adamw_8bit", "paged_adamw_32bit", None).to_load(wide, saved)
     for name in ("state1", "state2"):
         state[name] = torch.ones(3)
+    del state["qmap1"]
     optimizer.load_state_dict(stand_in.to_load(optimizer, saved))
     (loaded,) = optimizer.state.values()
     assert loaded.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert "alpha" not in optimizer.param_groups[0]
+
+
+def test_what_a_scheduler_keeps_in_groups():
+    """Stock loads it, and the scheduler reads it at its next step."""
+    for stand_in in (
+        optimizer_choice.StandIn("adamw_8bit", "adamw_torch", None),
+        optimizer_choice.StandIn("adamw_torch", "adamw_8bit", torch.optim.AdamW([torch.zeros(1)]).param_groups[0]),
+    ):
+        cls = torch.optim.AdamW if stand_in.used == "adamw_torch" else bitsandbytes.optim.AdamW8bit
+        optimizer = cls([nn.Parameter(torch.zeros(3))])
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)
+        optimizer.load_state_dict(stand_in.to_load(optimizer, stand_in.saved(optimizer, optimizer.state_dict())))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_models_that_the_trainer_makes(tmp_path):
+    """For each training another optimizer, and options as arguments have them then."""
+    hf_turbo.enable(optimizer=True, optim="adamw_torch")
+    one = make_trainer(tmp_path, tiny_model("llama"), optim="adamw_8bit", max_steps=1, save_strategy="no")
+
+    def make(*_: Any) -> Any:
+        one.args.learning_rate *= 2  # as a search for it does, once training has begun
+        return tiny_model("llama")
+
+    one.model_init = make
+    for _ in range(3):
+        one.train()
+        assert isinstance(one.optimizer.optimizer, torch.optim.AdamW)
+        assert one.optimizer.optimizer.param_groups[0]["initial_lr"] == one.args.learning_rate
+
+
+def test_optimizers_of_the_scripts_own(tmp_path):
+    one = make_trainer(tmp_path, tiny_model("llama"), optim="adamw_8bit", max_steps=1, save_strategy="no")
+    one.create_optimizer = lambda *_: setattr(one, "optimizer", torch.optim.SGD(one.model.parameters(), lr=1e-3))
+    hf_turbo.enable(optim="adamw_torch")
+    with pytest.raises(RuntimeError, match="<lambda> is the script's"):
+        one.train()
+    with pytest.raises(RuntimeError, match="sgd, which is no AdamW"):
+        make_trainer(tmp_path, optim="sgd", max_steps=1, save_strategy="no").train()
+    hf_turbo.disable()
+    with pytest.raises(RuntimeError, match=r"optim='adamw_torch' was asked for .*switched off"):
+        run(tmp_path, True, optim="adamw_8bit", turbo_options={"optim": "adamw_torch", "optimizer": False})
 
 
 def test_by_name_or_not_at_all(tmp_path):
@@ -402,12 +450,15 @@ def test_when_pages_are_asked_for(monkeypatch):
     assert notes == []
     assert step(1, 2, 3) == [1, 2, 3]
     assert ["lets the GPU reach none" in note for note in notes] == [True]
+    assert step() == [1, 2, 3], "at each step, where the driver moves them"
+    states = managed_memory.ManagedStates(notes.append)
+    assert step(4) == [4]
     states.fetch_soon()
-    assert step() == [1, 2, 3]
+    assert step() == [4]
     clock[0] = 299.0
     assert step() == []
     clock[0] = 301.0
-    assert step() == [1, 2, 3]
+    assert step() == [4]
     assert step() == []
 
 
