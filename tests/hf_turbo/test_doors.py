@@ -68,14 +68,18 @@ def patched(path):
     return rows
 
 
-def assert_all_patched(path, roles=ROLES):
+def assert_all_patched(path, roles=ROLES, but=()):
     rows = patched(path)
     assert set(rows) == roles
+    for role in but:
+        row = rows.pop(role)
+        assert row["patched"] == 0
+        assert f"{role}=False" in row["reason"]
     for role, row in rows.items():
         assert 0 < row["found"] == row["patched"], (role, row)
 
 
-def assert_loop_patched(path, but=()):
+def assert_loop_patched(path):
     """A plain loop keeps the stock loss and padding unless asked by name: it may read the logits after the step."""
     rows = patched(path)
     assert set(rows) == ROLES
@@ -85,10 +89,6 @@ def assert_loop_patched(path, but=()):
     padding = rows.pop("padding")
     assert padding["patched"] == 0
     assert "padding=True leaves it out" in padding["reason"]
-    for role in but:
-        row = rows.pop(role)
-        assert row["patched"] == 0
-        assert f"{role}=False" in row["reason"]
     for role, row in rows.items():
         assert 0 < row["found"] == row["patched"], (role, row)
 
@@ -114,17 +114,11 @@ def test_torchrun_m(run, tmp_path):
     assert_loop_patched(report)
 
 
-def test_environment_on_a_trl_script(run, tmp_path):
-    run(sys.executable, SCRIPTS / "sft.py", tmp_path / "out", HF_TURBO="1")
-    assert_all_patched(report_of(tmp_path / "out"), ROLES | {"checkpointing", "memory"})  # TRL's default
+def test_environment_with_options_on_a_trl_script(run, tmp_path):
+    run(sys.executable, SCRIPTS / "sft.py", tmp_path / "out", HF_TURBO='{"rope": false}')
+    assert_all_patched(report_of(tmp_path / "out"), ROLES | {"checkpointing", "memory"}, but={"rope"})  # TRL's default
 
 
 def test_section_of_the_shipped_ddp_config_on_two_processes(run, config, tmp_path):
     run(PROGRAMS / "accelerate", "launch", "--config_file", config("ddp"), SCRIPTS / "trainer.py", tmp_path / "out")
     assert_all_patched(report_of(tmp_path / "out"))
-
-
-def test_environment_with_options_on_a_loop_without_a_trainer(run, tmp_path):
-    report = tmp_path / "report.json"
-    run(sys.executable, SCRIPTS / "accelerate_loop.py", HF_TURBO='{"rope": false}', HF_TURBO_REPORT=str(report))
-    assert_loop_patched(report, but={"rope"})

@@ -197,7 +197,6 @@ class Curve:
 
 
 CURVES = [
-    Curve("trainer", "fp32", bf16=True, reentrant=True),
     Curve("trainer", "int8", bf16=True, reentrant=False),
     Curve("sft", "nf4-double", bf16=True, reentrant=False),
 ]

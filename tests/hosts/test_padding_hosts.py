@@ -252,7 +252,7 @@ WITH_REFERENCE = [make_dpo, make_adapted_dpo, make_kto, make_grpo, make_rloo]
 
 TRAINERS = [make_sft, make_reward, make_plain, *WITH_REFERENCE]
 IN_SHORT = [(make, True, 3, 0.1) for make in TRAINERS]
-LONG = [(make, False, 100, 0.02) for make in (make_sft, make_reward, make_plain, make_adapted_dpo, make_grpo)]
+LONG = [(make, False, 100, 0.02) for make in (make_sft, make_reward, make_plain, make_adapted_dpo)]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -24,6 +25,7 @@ def test_compiled_model_trains_as_stock():
         torch.testing.assert_close(parameter.grad, expected[name], msg=name)
 
 
+@pytest.mark.newest
 def test_the_graph_breaks_at_the_loss_and_not_before():
     """The number of labelled rows is data; everything up to the head is one graph."""
     model = tiny_model("llama")
