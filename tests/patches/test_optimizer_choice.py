@@ -11,7 +11,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 from hf_turbo.kernels import _bf16_weights as kernel
-from hf_turbo.patches import device_memory, engine, host_memory, managed_memory, optimizer_choice, optimizers
+from hf_turbo.patches import (
+    bf16_weights,
+    device_memory,
+    engine,
+    host_memory,
+    managed_memory,
+    optimizer_choice,
+    optimizers,
+)
 from hf_turbo.patches.bf16_weights import REMAINDER
 from torch import nn
 from torch.utils.data import Dataset
@@ -530,3 +538,48 @@ def test_paged_exact_masters(tmp_path, patch, bits):
     assert made[2].state[models[2][2]][REMAINDER].is_paged
     assert len(optimizers._PATCHED[made[2]].managed._tensors) == 6
     assert notes == []
+
+
+def test_remainders_are_taken_again(monkeypatch):
+    """Managed memory is never freed: after a training, or a state that was loaded, it serves the next."""
+    functional, made = bitsandbytes.functional, []
+
+    def get_paged(size: int, dtype: torch.dtype, device: Any) -> torch.Tensor:
+        made.append(torch.full((size,), 7, dtype=dtype))
+        made[-1].is_paged, made[-1].page_deviceid = True, 0
+        return made[-1]
+
+    monkeypatch.setattr(functional, "get_paged", get_paged)
+    monkeypatch.setattr(functional, "fill", lambda data, value: data.fill_(value if data.is_paged else 9))
+    monkeypatch.setattr(managed_memory, "pages", lambda optimizer: True)
+    param = nn.Parameter(torch.randn(3, 5, dtype=torch.bfloat16))
+    optimizer = bitsandbytes.optim.PagedAdamW8bit([param])
+    averages = torch.zeros(3, 5, dtype=torch.uint8)
+    averages.is_paged = True
+    optimizer.state[param] = {"state1": averages}
+    weights = bf16_weights.Bf16Weights("exact_master", 0, print)
+    weights.make_states(optimizer)
+    rest = optimizer.state[param][REMAINDER]
+    assert (rest.shape, rest.dtype, rest.is_paged, int(rest.abs().sum())) == ((3, 5), torch.int16, True, 0)
+    weights.make_states(optimizer)
+    assert optimizer.state[param][REMAINDER] is rest
+
+    rest.fill_(-3)
+    saved = {"param_groups": [{"params": [0]}], "state": {0: {REMAINDER: rest}}}
+    weights.restore(optimizer, saved)
+    assert optimizer.state[param][REMAINDER] is rest
+    assert bool((rest == -3).all())
+    weights.begin_step([(param, optimizer.state[param])])
+    weights.end_step([(param, optimizer.state[param])])
+    with torch.no_grad():
+        param.zero_()
+    weights.begin_step([(param, optimizer.state[param])])
+    assert not bool(rest.any())
+
+    rest.fill_(5)
+    assert weights.give_back(optimizer)
+    assert REMAINDER not in optimizer.state[param]
+    weights.make_states(optimizer)
+    assert optimizer.state[param][REMAINDER] is rest
+    assert not bool(rest.any())
+    assert len(made) == 1
