@@ -167,7 +167,7 @@ def is_used(trainer: Any, optimizer: Any, named: str) -> bool:
     """
     if optimizer is not None and optimizer in _STAND_INS:
         return _same(_STAND_INS[optimizer].used, named)
-    if not _same(optim_of(trainer), named) or trainer.optimizer_cls_and_kwargs is not None:
+    if not _same(optim_of(trainer), named) or trainer.optimizer_cls_and_kwargs is not None or _scripts_own(trainer):
         return False
     if optimizer is None:
         return True
@@ -202,6 +202,15 @@ def make(trainer: Any, used: str, saved_alike: bool) -> tuple[ChosenOptimizer | 
         return None, f"{used} cannot be made: {type(error).__name__}: {error}"
 
 
+def _scripts_own(trainer: Any) -> str | None:
+    """What makes this trainer's optimizer that is no library's, or None."""
+    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
+        method = method_of(trainer, name)
+        if method.__module__.partition(".")[0] not in {"transformers", "trl"}:
+            return str(method.__qualname__)
+    return None
+
+
 def has_optimizer(trainer: Any) -> bool:
     """Whether it trains with one that is there already; where it makes its model itself it makes another."""
     return trainer.optimizer is not None and trainer.model_init is None
@@ -213,10 +222,9 @@ def conflict(trainer: Any, used: str) -> str | None:
         return "the script has made its optimizer"
     if "adamw" not in optim_of(trainer):
         return f"the arguments name {optim_of(trainer)}, which is no AdamW"
-    for name in ("create_optimizer", "get_optimizer_cls_and_kwargs"):
-        method = method_of(trainer, name)
-        if method.__module__.partition(".")[0] not in {"transformers", "trl"}:
-            return f"{method.__qualname__} is the script's"
+    own = _scripts_own(trainer)
+    if own is not None:
+        return f"{own} is the script's"
     if trainer.args.optim_args:
         return "optim_args is given"
     kind = gathers_weights(trainer)
