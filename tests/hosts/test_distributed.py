@@ -135,6 +135,7 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
     leave()
 
 
+@pytest.mark.newest
 def test_trainer_under_ddp(tmp_path):
     ranks = start(ddp_worker, tmp_path)
     for rank, result in enumerate(ranks):

@@ -37,7 +37,7 @@ def passes(monkeypatch) -> list[int]:
 
 
 @pytest.mark.parametrize("make", [make_sft, make_dpo, make_kto, make_reward, make_plain])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.newest)])
 def test_trainers(make, checkpointing, passes, tmp_path):
     more = {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1, "gradient_checkpointing": checkpointing}
     if make is make_kto:
@@ -65,6 +65,7 @@ def make_lora(folder: Path, **more: Any) -> Trainer:
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora(checkpointing, passes, tmp_path):
     more = {"gradient_accumulation_steps": 4, "gradient_checkpointing": checkpointing}

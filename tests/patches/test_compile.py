@@ -11,6 +11,7 @@ import hf_turbo
 from tests.models import batch, loss_and_gradients, tiny_model
 
 
+@pytest.mark.newest
 def test_compiled_model_trains_as_stock():
     model, inputs = tiny_model("llama"), batch()
     expected_loss, expected = loss_and_gradients(model, inputs)

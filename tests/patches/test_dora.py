@@ -148,7 +148,6 @@ def expanded64(model: nn.Module, seed: int) -> Any:
         (torch.bfloat16, torch.bfloat16, False),
         (torch.float32, torch.float32, False),
         (torch.bfloat16, torch.float32, True),
-        (torch.bfloat16, torch.bfloat16, True),
     ],
     ids=str,
 )
