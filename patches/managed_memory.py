@@ -8,7 +8,7 @@ if asked for tensor by tensor as bitsandbytes does, where the link takes 82 ms f
 So the GPU is told to read and write such pages where they are, over the link: 57 ms then, 97 ms where none has room.
 They come back when they are asked for: at first, after somebody may have read them on the host (which moves them
 there), and now and then, since torch may have asked for memory and given it back. To ask takes time even where
-everything is in its place: 24 ms for the 15 GiB of an 8B model.
+everything is in its place: 6 ms for these.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def clear(state: torch.Tensor) -> None:
     functional.fill(data, 0)
 
 
-_LATER = [0]
+_LATER = [0]  # how many such blocks are open
 
 
 @contextmanager

@@ -463,6 +463,7 @@ def _same_name_subclass(base: type) -> type:
         stepper = _PATCHED.get(self)
         if stepper is not None:
             stepper.weights.restore(self, state_dict)
+            stepper.managed.fetch_soon()
         return result
 
     def state_dict(self: Any) -> Any:
