@@ -80,7 +80,7 @@ class StandIn:
 
 def _is_8bit(state: dict[str, Any]) -> bool:
     state1 = _flat(state).get("state1")
-    return torch.is_tensor(state1) and state1.dtype == torch.uint8 and "qmap1" in _flat(state)
+    return torch.is_tensor(state1) and state1.dtype == torch.uint8
 
 
 def _flat(state: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class ChosenOptimizer(Patch):
 
     def __init__(self, trainer: Any, used: str, saved_alike: bool):
         self._trainer, self._used = weakref.ref(trainer), used
-        self._cls, _ = _choice(trainer, trainer.args, used)
+        self._chosen = _choice(trainer, trainer.args, used)
         group, optim = None, optim_of(trainer)
         if saved_alike:
             stock_cls, stock_options = _choice(trainer, trainer.args, optim)
@@ -146,7 +146,7 @@ class ChosenOptimizer(Patch):
 
     def made(self, optimizer: Any) -> bool:
         """The trainer has made an optimizer; whether it is this one."""
-        if type(optimizer) is self._cls:
+        if _is_of(optimizer, *self._chosen):
             _STAND_INS[optimizer] = self._stand_in
         return optimizer in _STAND_INS
 
@@ -169,9 +169,11 @@ def is_used(trainer: Any, optimizer: Any, named: str) -> bool:
         return _same(_STAND_INS[optimizer].used, named)
     if not _same(optim_of(trainer), named) or trainer.optimizer_cls_and_kwargs is not None or _scripts_own(trainer):
         return False
-    if optimizer is None:
-        return True
-    cls, options = _choice(trainer, trainer.args, named)
+    return optimizer is None or _is_of(optimizer, *_choice(trainer, trainer.args, named))
+
+
+def _is_of(optimizer: Any, cls: Any, options: dict[str, Any]) -> bool:
+    """Whether it was made so, but for rates."""
     bits = getattr(getattr(optimizer, "args", None), "optim_bits", None)
     return (
         isinstance(optimizer, cls)

@@ -38,7 +38,6 @@ from .engine import (
     once,
     same_name_subclass,
 )
-from .managed_memory import is_paged
 
 _BITSANDBYTES = {"AdamW", "AdamW8bit", "AdamW32bit", "PagedAdamW", "PagedAdamW8bit", "PagedAdamW32bit"}
 _STOCK_STEPS = {
@@ -200,7 +199,9 @@ class _Stepper:
             self._plan = None  # frees the old tables first
             plan = self._plan = _make_plan(optimizer, params, is_bitsandbytes, self.weights)
             if managed_memory.pages(optimizer):
-                self.managed.hold([value for state in plan.states for value in state.values() if is_paged(value)])
+                self.managed.hold(
+                    [value for state in plan.states for value in state.values() if managed_memory.is_paged(value)]
+                )
         clipped = clipping.for_step(given)
         addresses = self._addresses(plan, grads, given, clipped)
         tell_lost = self.weights.sample(optimizer, params)
@@ -360,7 +361,7 @@ def _check_state(param: torch.Tensor, state: dict[str, Any], names: tuple[str, s
     for tensor in tensors:
         if type(tensor) is not torch.Tensor or not tensor.is_contiguous():
             raise _NotUnderstood("states that are missing, not contiguous or of a tensor subclass")
-        if tensor.device != param.device and not is_paged(tensor):
+        if tensor.device != param.device and not managed_memory.is_paged(tensor):
             raise _NotUnderstood(f"parameters on {param.device} with states on {tensor.device}")
     if any(t.shape != param.shape or t.dtype not in clipping.DTYPES | {torch.uint8} for t in tensors[:2]):  # type: ignore[union-attr]
         raise _NotUnderstood("states that do not fit their parameters")
